@@ -1,0 +1,35 @@
+# `make demo` trains the quickstart, `make test` runs the fast tests. Both first make .venv, once.
+# PYTHON=... chooses the interpreter; the first of python3, python3.12, python3.13, python3.11 that is new enough is used otherwise.
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHON
+
+.PHONY: demo test test-all lint clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.installed
+	$(BIN)/jaxreason train --config configs/quickstart.py --workdir runs/quickstart
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Leaves runs/ alone.
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@launch/bootstrap.sh $(VENV)
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt
+	@launch/bootstrap.sh $(VENV) test

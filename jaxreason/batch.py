@@ -1,0 +1,54 @@
+"""Device nouns: the pytrees that flow through a step. The host's side of the same story is `jaxreason.types`.
+
+Letters: P problems, G completions per problem, T completion tokens, Tp prompt tokens.
+A group is an axis, so there are no group ids, and a prompt is stored once for its group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class PromptBatch:
+    """Prompts of P problems, padded on the left to Tp tokens."""
+
+    prompt: jax.Array  # [P, Tp] int32
+    prompt_mask: jax.Array  # [P, Tp] bool, True on prompt tokens
+    problem: jax.Array  # [P] uint32, number of the problem in its task; folded into the sampling key
+    answer: jax.Array  # [P] int32, the reference as an integer for traced rules (0 where it is no integer)
+
+
+@flax.struct.dataclass
+class RolloutBatch:
+    """G completions of each of P prompts, with what is known of them.
+
+    `mask` is True where *the policy chose* the token: not on padding, not on fed tokens; the stop token is chosen,
+    so it is in. It is born where the token is sampled and never derived again. `logp[p, g, t]` is the log-probability
+    *of* `completion[p, g, t]`.
+    """
+
+    prompt: jax.Array  # [P, Tp] int32
+    prompt_mask: jax.Array  # [P, Tp] bool
+    completion: jax.Array  # [P, G, T] int32
+    mask: jax.Array  # [P, G, T] bool
+    truncated: jax.Array  # [P, G] bool, ended by the token budget
+    logp_behaviour: jax.Array  # [P, G, T] float, under the policy that sampled
+    reward: jax.Array | None = None  # [P, G] float
+    step_reward: jax.Array | None = None  # [P, G, T] float, process supervision
+    segments: jax.Array | None = None  # [P, G, T] int32, packed rows
+    logp_old: jax.Array | None = None  # [P, G, T] float, at the start of the update
+    logp_ref: jax.Array | None = None  # [P, G, T] float, under the reference
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training step reads and writes. Keys are folded from seed and step, so there is no random state."""
+
+    step: jax.Array  # [] int32, updates of this stage done
+    params: Any
+    opt_state: Any
+    algorithm: Any = flax.struct.field(default_factory=dict)  # what an algorithm carries; often empty

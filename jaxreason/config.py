@@ -1,0 +1,379 @@
+"""The schema of an experiment: the components' own dataclasses gathered, loaded from a file, overridden, checked.
+
+An experiment file's `get_config(arg=None)` returns a locked `ml_collections.ConfigDict` made by `default()`; `load` applies
+overrides and returns the typed, frozen `Config`. Defaults stand in the dataclasses and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import jaxreason
+from jaxreason.models.config import Architecture, Numerics
+from jaxreason.sampling.rollout import SamplingConfig
+from jaxreason.sharding import MeshConfig
+from jaxreason.training.collect import RulePart
+from jaxreason.training.evaluate import EvaluationConfig
+from jaxreason.training.online import OnlineConfig
+from jaxreason.training.supervised import PhaseConfig, Saving, SupervisedConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: a Hugging Face folder, or random weights of the given sizes."""
+
+    path: str = ""  # local folder or hub name; its config.json then decides the architecture
+    architecture: Architecture = field(default_factory=Architecture)
+    numerics: Numerics = field(default_factory=Numerics)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A function named in its module, with keyword arguments."""
+
+    name: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: Named = field(default_factory=lambda: Named("word_problems"))
+    algorithm: Named = field(default_factory=lambda: Named("grpo"))
+    reward: Mapping[str, RulePart] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: Saving = field(default_factory=Saving)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+# what a file may add entries to: the schema gives the type of an entry, the file its name
+ENTRIES = {"reward": RulePart, "supervised.phases": PhaseConfig}
+
+
+def default() -> ConfigDict:
+    """The schema's defaults as an unlocked ConfigDict, for an experiment file to fill in and `finish`."""
+    return _to_config_dict(Config())
+
+
+def part(rule: str, **settings: Any) -> ConfigDict:
+    """An entry of `config.reward`."""
+    return _to_config_dict(RulePart(rule=rule, **settings))
+
+
+def phase(demonstrations: str, *, steps: int) -> ConfigDict:
+    """An entry of `config.supervised.phases`."""
+    return _to_config_dict(PhaseConfig(demonstrations, steps))
+
+
+def finish(config: ConfigDict, arg: str | None) -> ConfigDict:
+    """Locks an experiment; `arg` is None, or 'tiny' to shrink it to seconds on a CPU."""
+    if arg not in (None, "", "tiny"):
+        raise ValueError(f"the config's argument is '{arg}': expected none, or 'tiny'")
+    return (_shrink(config) if arg == "tiny" else config).lock()
+
+
+def _shrink(config: ConfigDict) -> ConfigDict:
+    """The same experiment with a tiny model, tiny batches and two steps of each loop."""
+    a = config.model.architecture
+    a.hidden_size, a.layers, a.heads, a.kv_heads, a.head_size, a.mlp_size = 32, 2, 4, 2, 8, 64
+    for each in config.supervised.phases.values():
+        each.steps = min(each.steps, 1)
+    config.supervised.demonstrations_per_step = config.supervised.demonstrations_per_microbatch = 8
+    config.sampling.max_completion_tokens = min(config.sampling.max_completion_tokens, 36)
+    online = config.online
+    online.steps = min(online.steps, 2)
+    online.problems_per_step = online.problems_per_update = online.problems_per_microbatch = 8
+    online.completions_per_problem = min(online.completions_per_problem, 4)
+    config.evaluation.problems_per_batch = 8
+    for name in ("heldout_size",):
+        if name in config.task.kwargs:
+            config.task.kwargs[name] = 8
+    config.checkpoint.every_steps = 1
+    return config
+
+
+def _to_config_dict(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        # the order of phases is the order of training: keys must not be sorted
+        return ConfigDict({name: _to_config_dict(each) for name, each in value.items()}, sort_keys=False)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+def config_folder() -> Path:
+    """Where the experiment files lie: beside the sources in a checkout, inside the package when installed."""
+    package = Path(jaxreason.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped() -> list[tuple[str, str]]:
+    """(name, first line of the docstring) of every experiment file."""
+    files = sorted(file for file in config_folder().glob("*.py") if not file.name.startswith("_"))
+    return [
+        (file.stem, (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0])
+        for file in files
+    ]
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Config:
+    """The experiment `file.py[:arg]` or `name[:arg]` with `--config.key=value` overrides, typed and frozen."""
+    given, _, arg = source.partition(":") if not Path(source).is_file() else (source, "", "")
+    file = Path(given)
+    if not file.is_file():
+        file = config_folder() / f"{given}.py"
+    if not file.is_file():
+        names = [name for name, _ in shipped()]
+        raise ValueError(
+            f"--config is '{source}', which is neither a file nor one of the shipped configs: {', '.join(names)}"
+        )
+    spec = importlib.util.spec_from_file_location(f"jaxreason_config_{file.stem}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(arg or None)
+    except (AttributeError, KeyError) as error:  # a misspelt key in the file itself
+        raise ValueError(f"{file} does not make a config: {error.args[0] if error.args else error}") from error
+    for override in overrides:
+        _override(config, override)
+    return from_config_dict(config)
+
+
+def from_config_dict(config: ConfigDict) -> Config:
+    """The typed form; a ValueError names an unknown key, a missing one, or a value of the wrong type."""
+    return _typed(Config, config, path="")
+
+
+def from_dict(config: Mapping[str, Any]) -> Config:
+    """The typed form of a stored `config.json`."""
+    return _typed(Config, config, path="")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain dicts, for `config.json` and for showing."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {name: to_dict(value) for name, value in config.items()}
+    return config
+
+
+def _override(config: ConfigDict, text: str) -> None:
+    key, equals, value = text.removeprefix("--config.").partition("=")
+    if not text.startswith("--config.") or not equals or not key:
+        raise ValueError(
+            f"the override '{text}' is not understood: write --config.key=value, for example --config.seed=1"
+        )
+    *parents, leaf = key.split(".")
+    node: Any = config
+    for depth, name in enumerate(parents):
+        _known(node, name, path=".".join(parents[:depth]))
+        node = node[name]
+    if parents and parents[-1] == "kwargs" and leaf not in node:
+        with node.unlocked():  # what a function takes is checked against its signature
+            node[leaf] = _literal(value)
+        return
+    _known(node, leaf, path=".".join(parents))
+    old = node[leaf]
+    if isinstance(old, ConfigDict):
+        raise ValueError(
+            f"config.{key} is a group of keys: set one of {', '.join(f'config.{key}.{name}' for name in old)}"
+        )
+    new = value if isinstance(old, str) else _literal(value)
+    if isinstance(old, bool) and isinstance(new, str) and new.lower() in ("true", "false"):
+        new = new.lower() == "true"
+    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+        new = float(new)
+    if type(new) is not type(old) and old is not None:
+        raise ValueError(f"config.{key} is '{value}': expected {_article(type(old))}, for example {old!r}")
+    node[leaf] = new
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _known(node: Any, name: str, *, path: str) -> None:
+    if not isinstance(node, ConfigDict):
+        raise ValueError(f"config.{path} is a value, not a group of keys: it has no key '{name}'")
+    if name not in node:
+        raise ValueError(_unknown(name, list(node.keys()), path=path))
+
+
+def _unknown(name: str, there: Sequence[str], *, path: str) -> str:
+    where = f"config.{path}" if path else "config"
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(there) or 'no keys'}"
+    return f"{where} has no key '{name}': {hint}"
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a tuple"}.get(
+        kind, kind.__name__
+    )
+
+
+def _typed(kind: Any, value: Any, *, path: str) -> Any:
+    """`value` as `kind`: a dataclass, a mapping of them, or a plain type."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ValueError(f"config.{path} is {value!r}: expected a group of keys")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                raise ValueError(_unknown(name, list(hints), path=path))
+        prefix = f"{path}." if path else ""
+        return kind(**{name: _typed(hints[name], value[name], path=prefix + name) for name in value})  # pyright: ignore[reportCallIssue]
+    if typing.get_origin(kind) is not None:  # Mapping[str, X]
+        entry = typing.get_args(kind)[1]
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ValueError(f"config.{path} is {value!r}: expected a group of keys")
+        return types.MappingProxyType(
+            {name: _typed(entry, each, path=f"{path}.{name}") for name, each in value.items()}
+        )
+    if kind is Any:
+        return value.to_dict() if isinstance(value, ConfigDict) else value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"config.{path} is {value!r}: expected {_article(kind)}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------------- checking
+
+
+def make(module: Any, named: Named, *, key: str, returns: str, **offered: Any) -> Any:
+    """Calls the function `named.name` of a module, one of those that return `returns`, with its keyword arguments.
+
+    What is `offered` is passed where the function takes it and the config does not say otherwise. A ValueError says what exists.
+    """
+    functions = {name: f for name, f in inspect.getmembers(module, inspect.isfunction) if _return_type(f) == returns}
+    if named.name not in functions:
+        near = difflib.get_close_matches(named.name, functions, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(functions)}"
+        raise ValueError(f"config.{key}.name is '{named.name}', which does not exist: {hint}")
+    takes = inspect.signature(functions[named.name]).parameters
+    for name in named.kwargs:
+        if name not in takes:
+            raise ValueError(_unknown(name, list(takes), path=f"{key}.kwargs"))
+    kwargs = {**{name: value for name, value in offered.items() if name in takes}, **named.kwargs}
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in kwargs:
+            raise ValueError(f"config.{key}.kwargs has no '{name}', which {named.name} needs: set --config.{key}.kwargs.{name}=...")
+    return functions[named.name](**kwargs)
+
+
+def _return_type(function: Any) -> str:
+    annotation = inspect.signature(function).return_annotation
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+
+
+def check(config: Config, *, shards: int) -> None:
+    """Raises ValueError where sizes contradict each other, before anything is compiled.
+
+    `shards` is the number of devices over which problems are split.
+    """
+    o, s, e = config.online, config.supervised, config.evaluation
+    positive = {
+        "sampling.max_prompt_tokens": config.sampling.max_prompt_tokens,
+        "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
+        "online.problems_per_step": o.problems_per_step,
+        "online.completions_per_problem": o.completions_per_problem,
+        "online.problems_per_update": o.problems_per_update,
+        "online.problems_per_microbatch": o.problems_per_microbatch,
+        "online.epochs": o.epochs,
+        "supervised.demonstrations_per_step": s.demonstrations_per_step,
+        "supervised.demonstrations_per_microbatch": s.demonstrations_per_microbatch,
+        "supervised.log_every_steps": s.log_every_steps,
+        "evaluation.problems_per_batch": e.problems_per_batch,
+        "checkpoint.keep": config.checkpoint.keep,
+        "model.numerics.logits_chunk_tokens": config.model.numerics.logits_chunk_tokens,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ValueError(f"config.{key} is {value}: expected at least 1")
+    for key, value in {
+        "online.steps": o.steps,
+        "evaluation.every_steps": e.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "online.logged_problems": o.logged_problems,
+        **{f"supervised.phases.{name}.steps": each.steps for name, each in s.phases.items()},
+    }.items():
+        if value < 0:
+            raise ValueError(f"config.{key} is {value}: expected 0 or more")
+    if not config.sampling.temperature > 0:
+        raise ValueError(
+            f"config.sampling.temperature is {config.sampling.temperature}: expected more than 0; evaluation is greedy by itself"
+        )
+    divides = [
+        ("online.problems_per_step", o.problems_per_step, "online.problems_per_update", o.problems_per_update),
+        (
+            "online.problems_per_update",
+            o.problems_per_update,
+            "online.problems_per_microbatch",
+            o.problems_per_microbatch,
+        ),
+        (
+            "supervised.demonstrations_per_step",
+            s.demonstrations_per_step,
+            "supervised.demonstrations_per_microbatch",
+            s.demonstrations_per_microbatch,
+        ),
+    ]
+    for whole_key, whole, piece_key, piece in divides:
+        if whole % piece:
+            raise ValueError(
+                f"config.{piece_key} is {piece}, which does not divide config.{whole_key} = {whole}: choose a divisor of {whole}"
+            )
+    for key, value in {
+        "online.problems_per_microbatch": o.problems_per_microbatch,
+        "supervised.demonstrations_per_microbatch": s.demonstrations_per_microbatch,
+        "evaluation.problems_per_batch": e.problems_per_batch,
+    }.items():
+        if value % shards:
+            raise ValueError(
+                f"config.{key} is {value}, which {shards} devices along mesh axes data and fsdp do not divide: choose a multiple of {shards}"
+            )
+    if config.reward and e.accuracy not in config.reward:
+        raise ValueError(
+            f"config.evaluation.accuracy is '{e.accuracy}', and the parts of the reward are {', '.join(config.reward)}: choose one of them"
+        )
+    if o.steps and not config.reward:
+        raise ValueError("config.reward has no part, and config.online.steps is above 0: add a rule")
+
+
+def check_context(config: Config, architecture: Architecture) -> None:
+    """Raises ValueError where prompt and completion do not fit the model's context."""
+    prompt, completion = config.sampling.max_prompt_tokens, config.sampling.max_completion_tokens
+    if prompt + completion > architecture.max_positions:
+        raise ValueError(
+            f"config.sampling.max_prompt_tokens = {prompt} and max_completion_tokens = {completion} make {prompt + completion} tokens, and the "
+            f"model's context holds {architecture.max_positions}: lower one of them"
+        )

@@ -1,0 +1,77 @@
+"""From problems to the arrays of a step, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxreason.batch import PromptBatch, RolloutBatch
+from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.tasks.task import Task
+from jaxreason.types import Demonstration, Problem
+
+LARGEST_INTEGER = 2**31 - 1
+
+
+def prompt_batch(
+    numbered: Sequence[tuple[int, Problem]], *, task: Task, tokenizer: Tokenizer, max_prompt_tokens: int
+) -> PromptBatch:
+    """Prompts of numbered problems as NumPy arrays, padded on the left.
+
+    Raises ValueError where a prompt is longer than `max_prompt_tokens`.
+    """
+    rows = tokenizer.encode_prompts([task.messages(problem) for _, problem in numbered])
+    prompt = np.full((len(rows), max_prompt_tokens), tokenizer.pad_id, np.int32)
+    mask = np.zeros(prompt.shape, bool)
+    for i, (row, (_, problem)) in enumerate(zip(rows, numbered, strict=True)):
+        if not 0 < len(row) <= max_prompt_tokens:
+            raise ValueError(
+                f"the prompt of problem {problem.id} has {len(row)} tokens: expected 1 to {max_prompt_tokens}; "
+                "raise sampling.max_prompt_tokens"
+            )
+        prompt[i, -len(row) :] = row
+        mask[i, -len(row) :] = True
+    number = np.asarray([number % 2**32 for number, _ in numbered], np.uint32)
+    return PromptBatch(prompt, mask, number, np.asarray([integer_answer(p) for _, p in numbered], np.int32))  # pyright: ignore
+
+
+def integer_answer(problem: Problem) -> int:
+    """The reference as an integer for traced rules, 0 where it is none or too large for them."""
+    try:
+        value = int(problem.answer)
+    except ValueError:
+        return 0
+    return value if abs(value) <= LARGEST_INTEGER else 0
+
+
+def demonstration_batch(
+    demonstrations: Sequence[Demonstration],
+    *,
+    task: Task,
+    tokenizer: Tokenizer,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+) -> RolloutBatch:
+    """Demonstrations as groups of one, in NumPy arrays; the stop token is in the mask, so that stopping is learnt too."""
+    numbered = [(0, demonstration.problem) for demonstration in demonstrations]
+    prompts = prompt_batch(numbered, task=task, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens)
+    rows = tokenizer.encode_completions([demonstration.completion for demonstration in demonstrations])
+    completion = np.full((len(rows), 1, max_completion_tokens), tokenizer.pad_id, np.int32)
+    mask = np.zeros(completion.shape, bool)
+    for i, row in enumerate(rows):
+        if len(row) > max_completion_tokens:
+            raise ValueError(
+                f"the demonstration of problem {demonstrations[i].problem.id} has {len(row)} tokens: expected at most "
+                f"{max_completion_tokens}; raise sampling.max_completion_tokens"
+            )
+        completion[i, 0, : len(row)] = row
+        mask[i, 0, : len(row)] = True
+    return RolloutBatch(
+        prompt=prompts.prompt,
+        prompt_mask=prompts.prompt_mask,
+        completion=completion,  # pyright: ignore[reportArgumentType]
+        mask=mask,  # pyright: ignore[reportArgumentType]
+        truncated=np.zeros(mask.shape[:2], bool),  # pyright: ignore[reportArgumentType]
+        logp_behaviour=np.zeros(mask.shape, np.float32),  # pyright: ignore[reportArgumentType]
+    )

@@ -1,0 +1,134 @@
+"""One declaration per parameter, many derivations.
+
+A `ParamSpec` says a parameter's shape, the logical name of each axis, how it is initialised, and what Hugging Face calls it.
+Initial values, abstract shapes, shardings, import and export are maps over the declaration, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxreason import sharding
+
+
+class Transform(NamedTuple):
+    """How a tensor of a Hugging Face file becomes ours and back; both act on one layer's tensor."""
+
+    to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    to_hf: Callable[[np.ndarray], np.ndarray]
+    hf_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+
+def linear(*, inputs: int = 1) -> Transform:
+    """A `nn.Linear` weight (out, in), ours (in..., out...) with the first `inputs` axes being the input's."""
+
+    def sizes(shape: tuple[int, ...]) -> tuple[int, int]:
+        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+    return Transform(
+        to_ours=lambda x, shape: x.T.reshape(shape),
+        to_hf=lambda x: x.reshape(sizes(x.shape)).T,
+        hf_shape=lambda shape: sizes(shape)[::-1],
+    )
+
+
+def vector() -> Transform:
+    """A bias, a norm's scale or an embedding table: the same numbers, perhaps split into heads."""
+    return Transform(
+        to_ours=lambda x, shape: x.reshape(shape), to_hf=lambda x: x.reshape(-1), hf_shape=lambda s: (math.prod(s),)
+    )
+
+
+def table() -> Transform:
+    """A table [rows, width], stored as it is."""
+    return Transform(to_ours=lambda x, shape: x.reshape(shape), to_hf=lambda x: x, hf_shape=lambda shape: shape)
+
+
+class ParamSpec(NamedTuple):
+    """A parameter. With a leading `layers` axis, `hf_name` holds `{layer}` and the shape without it is one layer's."""
+
+    shape: tuple[int, ...]
+    axes: sharding.Axes
+    init: str  # 'normal' | 'zeros' | 'ones'
+    scale: float  # standard deviation of 'normal'
+    hf_name: str
+    hf: Transform
+
+    @property
+    def stacked(self) -> bool:
+        return self.axes[0] == "layers"
+
+
+Specs = dict[str, Any]  # a nested dict with ParamSpec leaves
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def tree_map(function: Callable[[ParamSpec], Any], specs: Specs) -> Any:
+    return jax.tree.map(function, specs, is_leaf=is_spec)
+
+
+def leaves(specs: Specs) -> list[tuple[str, ParamSpec]]:
+    """The declarations with their paths, `layers/q` for example."""
+    flat = jax.tree.leaves_with_path(specs, is_leaf=is_spec)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), spec) for path, spec in flat]
+
+
+def count(specs: Specs) -> int:
+    """How many parameters are declared."""
+    return sum(math.prod(spec.shape) for _, spec in leaves(specs))
+
+
+def shardings(specs: Specs, mesh: Mesh) -> Any:
+    return tree_map(lambda spec: sharding.named(mesh, spec.axes), specs)
+
+
+def check_divisible(specs: Specs, mesh: Mesh) -> None:
+    """A ValueError where a parameter's axis does not divide over its mesh axes."""
+    for path, spec in leaves(specs):
+        for size, axis in zip(spec.shape, spec.axes, strict=True):
+            on = sharding.RULES.get(axis, ()) if axis else ()
+            parts = math.prod(mesh.shape[name] for name in on)
+            if size % parts:
+                raise ValueError(
+                    f"parameter {path} has {size} {axis}, which mesh axis {'*'.join(on)} = {parts} does not divide: "
+                    f"choose mesh.{on[0]} among the divisors of {size}"
+                )
+
+
+def init(specs: Specs, key: jax.Array, *, dtype: str, mesh: Mesh) -> Any:
+    """Random parameters, made on the mesh shard by shard.
+
+    A parameter's key is folded from its path, so adding a parameter changes no other one's values.
+    """
+
+    def make(key: jax.Array) -> Any:
+        values = {}
+        for path, spec in leaves(specs):
+            if spec.init == "normal":
+                # the same numbers in float32 and in float64, so that runs in either can be compared
+                own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                values[path] = (spec.scale * jax.random.normal(own, spec.shape, jnp.float32)).astype(dtype)
+            else:
+                values[path] = jnp.full(spec.shape, 1 if spec.init == "ones" else 0, dtype)
+        tree = jax.tree.structure(specs, is_leaf=is_spec)
+        return jax.tree.unflatten(tree, list(values.values()))
+
+    return jax.jit(make, out_shardings=shardings(specs, mesh))(key)
+
+
+def abstract(specs: Specs, *, dtype: str, mesh: Mesh) -> Any:
+    """Shapes, types and shardings without values."""
+    return tree_map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=sharding.named(mesh, spec.axes)), specs
+    )

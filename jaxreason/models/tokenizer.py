@@ -1,0 +1,114 @@
+"""Tokenizers: a Hugging Face folder's, or one made from a task's closed vocabulary and saved as such a folder.
+
+Both are loaded by the same call. The stop tokens, the padding token and the bytes of each token are stated here once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer of transformers, with what training must know of it."""
+
+    hf: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    def encode_prompts(self, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
+        """Token ids of each conversation under the chat template, ready for the assistant's turn."""
+        texts = [
+            self.hf.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations
+        ]
+        return self.hf(texts, add_special_tokens=False)["input_ids"]
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of completions, each with its stop token."""
+        return [[*ids, self.eos_ids[0]] for ids in self.hf(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a completion: its stop token and padding left out, every other token kept."""
+        kept = [int(token) for token in tokens if int(token) not in self.eos_ids and int(token) != self.pad_id]
+        return self.hf.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def vocabulary(self, size: int) -> list[bytes | None]:
+        """The bytes of each token id below `size`; None where an id stands for no text."""
+        state = json.loads(self.hf.backend_tokenizer.to_str())
+        byte_level = "ByteLevel" in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
+        added = {entry["id"] for entry in state.get("added_tokens", [])}
+        alphabet = {symbol: byte for byte, symbol in _byte_alphabet().items()}
+        table: list[bytes | None] = [None] * size
+        for token, number in self.hf.get_vocab().items():
+            if number >= size or number == self.pad_id or number in self.eos_ids:
+                continue
+            if byte_level and number not in added:
+                table[number] = bytes(alphabet[symbol] for symbol in token)
+            else:
+                table[number] = token.encode()
+        return table
+
+    def save(self, folder: Path) -> None:
+        self.hf.save_pretrained(folder)
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable stand-in of each byte in byte-level BPE: itself where printable, else from 256 upwards."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, with every stop token that its generation config names."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} holds no tokenizer.json: give a folder saved with a fast tokenizer")
+    hf = AutoTokenizer.from_pretrained(folder)
+    eos: list[int] = []
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        eos += named if isinstance(named, list) else [] if named is None else [named]
+    if hf.eos_token_id is not None and hf.eos_token_id not in eos:
+        eos.insert(0, hf.eos_token_id)
+    if not eos:
+        raise ValueError(f"{folder} names no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    if hf.chat_template is None:
+        raise ValueError(
+            f"{folder} has no chat template: add chat_template.jinja, which says how a conversation becomes a prompt"
+        )
+    # nothing is derived from the padding id, so the stop token may serve where a tokenizer names no other
+    pad = hf.pad_token_id if hf.pad_token_id is not None else eos[0]
+    return Tokenizer(hf=hf, eos_ids=tuple(eos), pad_id=pad)
+
+
+def save_word_tokenizer(words: Sequence[str], folder: Path) -> None:
+    """Writes a tokenizer whose tokens are these pieces and the think and answer tags, digits one by one."""
+    from tokenizers import Regex, Tokenizer as Fast, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<pad>", "<eos>", "<unk>", *TAGS)
+    vocabulary = {piece: number for number, piece in enumerate((*special, *words))}
+    fast = Fast(models.WordLevel(vocabulary, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[\s\S]"), "isolated")
+    fast.decoder = decoders.Fuse()
+    fast.add_special_tokens(list(special))
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        chat_template=PLAIN_TEMPLATE,
+    )
+    hf.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Runs of several stages, as lists of stages."""

@@ -1,0 +1,1 @@
+"""Test-time search over the engine's verbs."""

@@ -1,0 +1,124 @@
+"""Where arrays live: a mesh from config, and one table from logical axes to mesh axes.
+
+Every array names its axes logically (`embed`, `heads`, `problems`, ...); the rules say on which mesh axis each lies. Mesh axes
+are explicitly Auto: the compiler places what lies between the constraints. One device is a mesh of one, by the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "problems": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+Axes = tuple[str | None, ...]
+Constrain = Callable[[jax.Array, Axes], jax.Array]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis. -1 in one place stands for all devices that the others leave."""
+
+    data: int = -1  # copies of the model, each with its own problems
+    fsdp: int = 1  # problems and parameters both split
+    tensor: int = 1  # heads, mlp and vocabulary split
+
+
+def mesh_shape(config: MeshConfig, *, devices: int) -> tuple[int, ...]:
+    """The mesh's shape for a number of devices; a ValueError says which sizes would do."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(
+            f"mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}: expected positive numbers, "
+            "with -1 in at most one place for the rest of the devices"
+        )
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if devices % fixed:
+            raise ValueError(
+                f"mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} need a multiple of {fixed} "
+                f"devices, and there are {devices}: change mesh.fsdp or mesh.tensor so that their product divides {devices}"
+            )
+        sizes[sizes.index(-1)] = devices // fixed
+    elif fixed != devices:
+        raise ValueError(
+            f"mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} make {fixed} devices, and there are "
+            f"{devices}: set one of them to -1 to take the rest"
+        )
+    return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, *, devices: list[jax.Device] | None = None) -> Mesh:
+    """The device mesh with axes `data`, `fsdp`, `tensor`."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, devices=len(devices))
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def partition(axes: Axes) -> PartitionSpec:
+    """The PartitionSpec of an array's logical axes under the rules."""
+    names: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        on = RULES.get(axis, ()) if axis else ()
+        names.append(on[0] if len(on) == 1 else (on or None))
+    return PartitionSpec(*names)
+
+
+def named(mesh: Mesh, axes: Axes = ()) -> NamedSharding:
+    """The sharding of an array with these logical axes; no axes at all: replicated."""
+    return NamedSharding(mesh, partition(axes))
+
+
+def constrainer(mesh: Mesh) -> Constrain:
+    """A function that pins an intermediate array's logical axes to the mesh."""
+
+    def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, named(mesh, axes))
+
+    return constrain
+
+
+def problem_shards(mesh: Mesh) -> int:
+    """Into how many parts the `problems` axis is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["problems"])
+
+
+def place(mesh: Mesh, tree: Any, axes: Axes) -> Any:
+    """Puts host arrays, held whole by every process, on the mesh; each process keeps only its own shards."""
+    sharding = named(mesh, axes)
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Copies device arrays to the host as NumPy, gathering over processes where an array is spread over several."""
+
+    def get(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            if x.is_fully_replicated:
+                return np.asarray(x.addressable_data(0))
+            from jax.experimental import multihost_utils
+
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(get, tree)

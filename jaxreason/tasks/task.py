@@ -1,0 +1,26 @@
+"""What every task offers: training problems, held-out problems, a prompt, and perhaps demonstrations to imitate.
+
+Problems are addressed by number, so a run's data position is one integer and any batch can be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxreason.types import Demonstration, Problem
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems of one kind."""
+
+    name: str
+    train: Callable[[int], Problem]  # number -> problem, for numbers below train_size
+    train_size: int | None  # None: the task generates without end
+    heldout: Sequence[Problem]  # never among the training problems
+    messages: Callable[[Problem], list[Message]]  # the conversation that the chat template turns into a prompt
+    demonstrations: Mapping[str, Callable[[int], Demonstration]] = field(default_factory=dict)  # kind -> number -> one
+    words: tuple[str, ...] = ()  # a closed vocabulary, where no checkpoint brings a tokenizer

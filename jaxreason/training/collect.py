@@ -1,0 +1,197 @@
+"""Sampling and scoring: from prompts to completions with their reward's parts.
+
+Traced rules are part of the program that samples; host rules are Python on text, between the program that samples and the
+one that updates. Which a run has follows from its rules' names, and both end in the same `RolloutBatch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxreason import sharding
+from jaxreason.batch import PromptBatch, RolloutBatch
+from jaxreason.models.decoder import Model
+from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.rewards.traced import TracedRule, weighted_total
+from jaxreason.sampling.rollout import Sampled, SamplingConfig, sample
+from jaxreason.types import Completion, Problem, Reward, RewardFn, StopReason
+
+Parts = Mapping[str, jax.Array]  # name -> [P, G]
+
+
+@dataclass(frozen=True)
+class RulePart:
+    """One part of the reward: a rule named `module.function` under jaxreason.rewards, and what it counts."""
+
+    rule: str = ""
+    weight: float = 1.0
+    shuffle: bool = False  # a control: its values are dealt out anew among the batch's completions before they count
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Scoring(NamedTuple):
+    """A run's reward: the rules by part, split into traced ones and host ones, and how they add up."""
+
+    traced: Mapping[str, TracedRule]
+    host: Mapping[str, RewardFn]
+    weights: Mapping[str, float]
+    shuffled: frozenset[str]
+
+
+def make_scoring(
+    parts: Mapping[str, RulePart], *, vocabulary: Sequence[bytes | None], eos_ids: Sequence[int]
+) -> Scoring:
+    """Resolves the rules' names; a ValueError names the part whose rule does not exist or does not take its kwargs."""
+    traced: dict[str, TracedRule] = {}
+    host: dict[str, RewardFn] = {}
+    for name, part in parts.items():
+        module_name, _, function_name = part.rule.rpartition(".")
+        try:
+            function = getattr(importlib.import_module(f"jaxreason.rewards.{module_name}"), function_name)
+        except (ImportError, AttributeError, ValueError):
+            raise ValueError(
+                f"reward.{name}.rule is '{part.rule}': expected 'module.function' under jaxreason.rewards, for example "
+                "'traced.integer_answer' or 'math.gsm8k_answer'"
+            ) from None
+        try:
+            if module_name == "traced":
+                traced[name] = function(vocabulary, eos_ids, **part.kwargs)
+            else:
+                host[name] = partial(function, **part.kwargs)
+        except TypeError as error:
+            raise ValueError(f"reward.{name}.kwargs do not fit the rule '{part.rule}': {error}") from None
+    return Scoring(
+        traced,
+        host,
+        {name: part.weight for name, part in parts.items()},
+        frozenset(name for name, part in parts.items() if part.shuffle),
+    )
+
+
+def sample_and_score(
+    model: Model,
+    scoring: Scoring,
+    params: Any,
+    prompts: PromptBatch,
+    key: jax.Array | None,
+    *,
+    config: SamplingConfig,
+    group: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> tuple[Sampled, dict[str, jax.Array]]:
+    """Completions and the traced parts of their reward; greedy without a key. To be traced."""
+    sampled = sample(
+        model,
+        params,
+        prompts,
+        key,
+        group=group,
+        max_completion_tokens=config.max_completion_tokens,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        temperature=config.temperature,
+    )
+    return sampled, {name: rule(prompts, sampled.completion, sampled.mask) for name, rule in scoring.traced.items()}
+
+
+def total_reward(scoring: Scoring, parts: Parts, key: jax.Array) -> jax.Array:
+    """The weighted sum of the parts [P, G], those of a control dealt out anew first."""
+    counted = dict(parts)
+    for number, name in enumerate(sorted(scoring.shuffled)):
+        values = parts[name]
+        counted[name] = jax.random.permutation(jax.random.fold_in(key, number), values.reshape(-1)).reshape(
+            values.shape
+        )
+    return weighted_total(counted, scoring.weights)
+
+
+def rollout_batch(prompts: PromptBatch, sampled: Sampled, reward: jax.Array) -> RolloutBatch:
+    return RolloutBatch(
+        prompt=prompts.prompt,
+        prompt_mask=prompts.prompt_mask,
+        completion=sampled.completion,
+        mask=sampled.mask,
+        truncated=sampled.truncated,
+        logp_behaviour=sampled.logp,
+        reward=reward,
+    )
+
+
+def completions(sampled: Sampled, tokenizer: Tokenizer) -> list[list[Completion]]:
+    """Sampled tokens (on the host) as text, [P][G]."""
+    return [
+        [
+            Completion(
+                text=tokenizer.decode(tokens[mask]),
+                tokens=tokens[mask].tolist(),
+                stop=StopReason.LENGTH if truncated else StopReason.EOS,
+            )
+            for tokens, mask, truncated in zip(*group, strict=True)
+        ]
+        for group in zip(sampled.completion, sampled.mask, sampled.truncated, strict=True)
+    ]
+
+
+def score_on_host(
+    scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]]
+) -> dict[str, np.ndarray]:
+    """The host parts of the reward, [P, G] each."""
+
+    def part(rule: RewardFn) -> np.ndarray:
+        rows = [[rule(problem, each).total for each in group] for problem, group in zip(problems, groups, strict=True)]
+        return np.asarray(rows, np.float32)
+
+    return {name: part(rule) for name, rule in scoring.host.items()}
+
+
+class Shown(NamedTuple):
+    """The rows of a step that people are shown, whole groups, on every process."""
+
+    completion: Any  # [P', G, T]
+    mask: Any
+    truncated: Any
+    reward: Any  # [P', G]
+    advantage: Any
+    parts: Mapping[str, Any]
+
+
+def rows_of(shown: Shown, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Shown rollouts as records for `rollouts.jsonl`."""
+    sampled = Sampled(shown.completion, shown.mask, None, shown.truncated)  # pyright: ignore[reportArgumentType]
+    rows = []
+    for p, group in enumerate(completions(sampled, tokenizer)):
+        for g, completion in enumerate(group):
+            parts = {name: float(values[p, g]) for name, values in shown.parts.items()}
+            reward = Reward(float(shown.reward[p, g]), parts)
+            rows.append(record(problems[p], completion, reward, advantage=float(shown.advantage[p, g])))
+    return rows
+
+
+def record(problem: Problem, completion: Completion, reward: Reward, **more: Any) -> dict[str, Any]:
+    """One rollout as it is written to a file."""
+    return {
+        "problem_id": problem.id,
+        "question": problem.question,
+        "answer": problem.answer,
+        "completion": completion.text,
+        "reward": {"total": reward.total, **reward.parts},
+        "length": len(completion.tokens),
+        "stop": completion.stop.value,
+        **more,
+    }
+
+
+Place = Callable[[Any], Any]
+
+
+def placer(mesh: jax.sharding.Mesh) -> Place:
+    """Puts host arrays whose first axis is `problems` on the mesh."""
+    return partial(sharding.place, mesh, axes=("problems",))

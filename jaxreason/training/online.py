@@ -1,0 +1,236 @@
+"""The reinforcement loop: sample, score, update, and write down what happened.
+
+With traced rules the three are one XLA program, and nothing returns to the host but metrics and the rows shown to people.
+With a host rule among them the same pure functions run with the scoring between. The loop does not know which algorithm it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxreason import sharding
+from jaxreason.batch import PromptBatch, TrainState
+from jaxreason.data.batching import prompt_batch
+from jaxreason.data.loader import Stream
+from jaxreason.models.decoder import Model
+from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.objectives import Algorithm, Signals, prepare
+from jaxreason.objectives.advantages import zero_variance
+from jaxreason.sampling.rollout import Sampled, SamplingConfig
+from jaxreason.tasks.task import Task
+from jaxreason.training import state as states
+from jaxreason.training.checkpoint import Checkpointer
+from jaxreason.training.collect import (
+    Parts,
+    Scoring,
+    Shown,
+    completions,
+    placer,
+    rollout_batch,
+    rows_of,
+    sample_and_score,
+    score_on_host,
+    total_reward,
+)
+from jaxreason.training.evaluate import Evaluate, EvaluationConfig
+from jaxreason.training.metrics import Progress, RunLog, check_finite
+from jaxreason.training.optimizer import OptimizerConfig
+from jaxreason.training.step import Metrics, Split, make_update
+from jaxreason.training.supervised import Outcome, Saving
+from jaxreason.types import Problem
+
+STAGE = "reinforce"
+SAMPLING, SHUFFLING = 2, 3  # what a step's keys are folded with
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """The reinforcement stage; 0 steps: none. Counts are in problems, that is whole groups."""
+
+    steps: int = 0
+    problems_per_step: int = 32
+    completions_per_problem: int = 8
+    problems_per_update: int = 32  # below problems_per_step: several updates on one batch of rollouts
+    problems_per_microbatch: int = 32  # below problems_per_update: gradients are accumulated
+    epochs: int = 1  # passes over a batch of rollouts
+    logged_problems: int = 8  # groups of each step written to rollouts.jsonl
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.epochs * (self.problems_per_step // self.problems_per_update)
+
+
+@dataclass(frozen=True)
+class OnlineStep:
+    """The step in its two forms; `fused` is None where a host rule stands between sampling and update."""
+
+    collect: Callable[[Any, PromptBatch, jax.Array], tuple[Sampled, dict[str, jax.Array]]]
+    learn: Callable[[TrainState, Any, PromptBatch, Sampled, Parts, jax.Array], tuple[TrainState, Metrics, Shown]]
+    fused: Callable[[TrainState, Any, PromptBatch, jax.Array], tuple[TrainState, Metrics, Shown]] | None
+
+
+def make_step(
+    model: Model,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    scoring: Scoring,
+    mesh: Mesh,
+    *,
+    config: OnlineConfig,
+    sampling: SamplingConfig,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    seed: int,
+) -> OnlineStep:
+    """The jitted forms of one step. `number` is the step's number; all randomness is folded from it and the seed."""
+    split = Split(config.problems_per_update, config.problems_per_microbatch, config.epochs)
+    update = make_update(model, algorithm, optimizer, temperature=sampling.temperature, split=split)
+
+    def key(kind: int, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), number)
+
+    def collect(params: Any, prompts: PromptBatch, number: jax.Array) -> tuple[Sampled, dict[str, jax.Array]]:
+        group = config.completions_per_problem
+        where = {"config": sampling, "group": group, "eos_ids": eos_ids, "pad_id": pad_id}
+        return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), **where)
+
+    def learn(
+        state: TrainState, reference: Any, prompts: PromptBatch, sampled: Sampled, parts: Parts, number: jax.Array
+    ) -> tuple[TrainState, Metrics, Shown]:
+        reward = total_reward(scoring, parts, key(SHUFFLING, number))
+        state, metrics = update(state, reference, rollout_batch(prompts, sampled, reward))
+        advantage, _ = prepare(algorithm, Signals(mask=sampled.mask, reward=reward))
+        metrics |= rollout_metrics(sampled, parts, reward)
+        shown = Shown(sampled.completion, sampled.mask, sampled.truncated, reward, advantage[:, :, 0], dict(parts))
+        return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
+
+    def fused(
+        state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array
+    ) -> tuple[TrainState, Metrics, Shown]:
+        sampled, parts = collect(state.params, prompts, number)
+        return learn(state, reference, prompts, sampled, parts, number)
+
+    at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
+    out = (at, everywhere, everywhere)
+    return OnlineStep(
+        collect=jax.jit(collect, out_shardings=sharding.named(mesh, ("problems",))),
+        learn=jax.jit(learn, donate_argnums=0, out_shardings=out),
+        fused=None if scoring.host else jax.jit(fused, donate_argnums=0, out_shardings=out),
+    )
+
+
+def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array) -> Metrics:
+    """Means over the batch: reward and its parts, dead groups, length in tokens, truncated share, tokens sampled."""
+    length = jnp.sum(sampled.mask, axis=-1, dtype=jnp.int32)
+    return {
+        "reward/total": jnp.mean(reward),
+        **{f"reward/{name}": jnp.mean(values) for name, values in parts.items()},
+        "reward/zero_variance": jnp.mean(zero_variance(reward), dtype=jnp.float32),
+        "rollout/length": jnp.mean(length, dtype=jnp.float32),
+        "rollout/truncated": jnp.mean(sampled.truncated, dtype=jnp.float32),
+        "rollout/tokens": jnp.sum(length).astype(jnp.float32),
+    }
+
+
+def reinforce(
+    state: TrainState,
+    *,
+    reference: Any,
+    step_fn: OnlineStep,
+    mesh: Mesh,
+    config: OnlineConfig,
+    sampling: SamplingConfig,
+    scoring: Scoring,
+    task: Task,
+    tokenizer: Tokenizer,
+    stream: Stream,
+    evaluate: Evaluate,
+    evaluation: EvaluationConfig,
+    start: int,
+    checkpointer: Checkpointer,
+    saving: Saving,
+    log: RunLog,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> Outcome:
+    """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns."""
+    place, everywhere = placer(mesh), sharding.named(mesh)
+    progress.stage(STAGE, config.steps, start)
+
+    def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:
+        numbered = stream(step * config.problems_per_step, config.problems_per_step)
+        batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, max_prompt_tokens=sampling.max_prompt_tokens)
+        return [problem for _, problem in numbered], place(batch)
+
+    def staged(state: TrainState, prompts: PromptBatch, problems: list[Problem], number: jax.Array) -> Any:
+        times = {}
+        begun = time.perf_counter()
+        sampled, parts = jax.block_until_ready(step_fn.collect(state.params, prompts, number))
+        times["time/sample"], begun = time.perf_counter() - begun, time.perf_counter()
+        groups = completions(sharding.fetch(sampled), tokenizer)
+        host = score_on_host(scoring, problems, groups)
+        times["time/score"], begun = time.perf_counter() - begun, time.perf_counter()
+        out = jax.block_until_ready(step_fn.learn(state, reference, prompts, sampled, {**parts, **place(host)}, number))
+        times["time/update"] = time.perf_counter() - begun
+        return *out, times
+
+    pending: Any = None
+    clock = time.perf_counter()
+
+    def flush(state: TrainState | None) -> None:
+        """Writes the last step down: one step late, so that the device already works on the next one."""
+        nonlocal pending, clock
+        if pending is None:
+            return
+        step, metrics, shown, problems, times = pending
+        pending = None
+        metrics, shown = sharding.fetch((metrics, shown))
+        values = {name: float(value) for name, value in metrics.items()}
+        check_finite(STAGE, step, values)
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        values |= {**times, "time/step": seconds, "throughput/tokens_per_second": values["rollout/tokens"] / seconds}
+        if state is not None:
+            values |= evaluate(state.params)[0]
+            clock = time.perf_counter()
+        log.metrics(STAGE, step, values)
+        log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer))
+        progress.update(step, values)
+
+    step = start
+    while step < config.steps:
+        problems, prompts = prepare_batch(step)
+        number = jax.device_put(np.asarray(step, np.int32), everywhere)
+        if step_fn.fused is not None:
+            state, metrics, shown = step_fn.fused(state, reference, prompts, number)
+            times: dict[str, float] = {}
+        else:
+            state, metrics, shown, times = staged(state, prompts, problems, number)
+        step += 1
+        flush(None)
+        pending = (step, metrics, shown, problems, times)
+        stopping = stop()
+        last = step == config.steps
+        # the last step's evaluation is the caller's, who also wants its completions
+        if evaluation.every_steps and step % evaluation.every_steps == 0 and not last:
+            flush(state)
+        if last or stopping or (saving.every_steps and step % saving.every_steps == 0):
+            flush(None)
+            checkpointer.save(step, state, {"stage": STAGE, "position": step * config.problems_per_step})
+        if stopping and not last:
+            checkpointer.wait()
+            return Outcome(state, finished=False)
+    flush(None)
+    checkpointer.wait()
+    return Outcome(state, finished=True)

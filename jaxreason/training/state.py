@@ -1,0 +1,43 @@
+"""The train state: how it is made, and its abstract form for restoring a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxreason import sharding
+from jaxreason.batch import TrainState
+from jaxreason.models import spec
+from jaxreason.models.decoder import Model
+from jaxreason.training.optimizer import state_shardings
+
+
+def shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where each leaf of the state lies."""
+    return TrainState(
+        step=sharding.named(mesh),  # pyright: ignore[reportArgumentType]
+        params=spec.shardings(model.specs, mesh),
+        opt_state=state_shardings(optimizer, model.specs, mesh, dtype=model.numerics.param_dtype),
+    )
+
+
+def create(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any) -> TrainState:
+    """A fresh state over a copy of these parameters, which stay usable (as the reference, say) when the state is donated."""
+
+    def make(params: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    return jax.jit(make, out_shardings=shardings(model, optimizer, mesh))(params)
+
+
+def abstract(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, with nothing allocated."""
+    params = spec.abstract(model.specs, dtype=model.numerics.param_dtype, mesh=mesh)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings(model, optimizer, mesh)
+    )

@@ -1,0 +1,189 @@
+"""One update as a pure function: log-probabilities, coefficients, gradient, optimiser.
+
+Advantage and weight are prepared once on the whole update batch and sliced with it, so splitting a batch into micro-batches
+changes nothing but memory. A micro-batch is a set of whole groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreason.batch import RolloutBatch, TrainState
+from jaxreason.models.decoder import Model
+from jaxreason.numerics import masked_mean, token_logprobs
+from jaxreason.objectives import Algorithm, Signals, combine_aux, policy_loss, prepare, weights
+
+Metrics = dict[str, jax.Array]
+RATIO_QUANTILES = (0.01, 0.5, 0.99)
+
+
+class Split(NamedTuple):
+    """How a rollout batch is cut; all counts in problems (whole groups)."""
+
+    problems_per_update: int
+    problems_per_microbatch: int
+    epochs: int = 1
+
+
+def token_logp(model: Model, params: Any, batch: RolloutBatch, *, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """(log-probability of each completion token, entropy of its law), both [P, G, T], in nats."""
+    shape = batch.completion.shape
+    hidden = model.completion_hidden(params, batch.prompt, batch.prompt_mask, batch.completion)
+    logp, entropy = token_logprobs(
+        hidden.reshape(shape[0], shape[1] * shape[2], -1),
+        model.head(params),
+        batch.completion.reshape(shape[0], -1),
+        temperature=temperature,
+        chunk_tokens=model.numerics.logits_chunk_tokens,
+        dtype=model.numerics.matmul_dtype,
+    )
+    return logp.reshape(shape), entropy.reshape(shape)
+
+
+def slices(tree: Any, count: int) -> Any:
+    """[P, ...] as [count, P / count, ...]: strided, so that each slice takes its share of every device's problems."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), tree)
+
+
+def unslice(tree: Any) -> Any:
+    """The inverse of `slices`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def over_microbatches(function: Callable[[Any], Any], tree: Any, *, count: int) -> Any:
+    """function on each of `count` slices, one after the other, results joined along P."""
+    if count == 1:
+        return function(tree)
+    return unslice(jax.lax.map(function, slices(tree, count)))
+
+
+def make_update(
+    model: Model, algorithm: Algorithm, optimizer: optax.GradientTransformation, *, temperature: float, split: Split
+) -> Callable[[TrainState, Any, RolloutBatch], tuple[TrainState, Metrics]]:
+    """update(state, reference_params, batch) -> (state, metrics): all updates that a rollout batch is used for."""
+
+    def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+        problems = batch.completion.shape[0]
+        per_update, per_micro = min(split.problems_per_update, problems), min(split.problems_per_microbatch, problems)
+        minibatches, updates = problems // per_update, split.epochs * (problems // per_update)
+
+        def score(params: Any) -> jax.Array:
+            def one(part: RolloutBatch) -> jax.Array:
+                return token_logp(model, params, part, temperature=temperature)[0]
+
+            return jax.lax.stop_gradient(over_microbatches(one, batch, count=problems // per_micro))
+
+        if "reference" in algorithm.needs:
+            batch = batch.replace(logp_ref=score(reference))  # pyright: ignore[reportAttributeAccessIssue]
+        if "old" in algorithm.needs and updates > 1:
+            batch = batch.replace(logp_old=score(state.params))  # pyright: ignore[reportAttributeAccessIssue]
+
+        def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, Metrics]:
+            return _update(
+                model, algorithm, optimizer, state, part, temperature=temperature, count=per_update // per_micro
+            )
+
+        if updates == 1:
+            return one_update(state, batch)
+        parts = slices(batch, minibatches)
+        order = jnp.tile(jnp.arange(minibatches), split.epochs)
+        state, metrics = jax.lax.scan(lambda s, i: one_update(s, jax.tree.map(lambda x: x[i], parts)), state, order)
+        return state, _over_updates(metrics)
+
+    return update
+
+
+def _over_updates(metrics: Metrics) -> Metrics:
+    """Metrics of several updates on one rollout batch: their mean, the extremes of extremes, and the first sampler gap."""
+
+    def merge(name: str, values: jax.Array) -> jax.Array:
+        if name.endswith("_max"):
+            return jnp.max(values)
+        if name.endswith("_min"):
+            return jnp.min(values)
+        # later updates have moved away from the sampler on purpose
+        return values[0] if name.startswith("policy/sampler_gap") else jnp.mean(values)
+
+    return {name: merge(name, values) for name, values in metrics.items()}
+
+
+def _update(
+    model: Model,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: RolloutBatch,
+    *,
+    temperature: float,
+    count: int,
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step on one update batch, its gradient summed over `count` micro-batches."""
+    signals = Signals(
+        mask=batch.mask,
+        reward=batch.reward,
+        logp_behaviour=batch.logp_behaviour,
+        logp_old=batch.logp_old,
+        logp_ref=batch.logp_ref,
+        truncated=batch.truncated,
+        step_reward=batch.step_reward,
+    )
+    advantage, weight = prepare(algorithm, signals)
+    token_weight = weights.token_mean(signals.mask)
+
+    def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
+        rows, signals, advantage, weight, token_weight = part
+        logp, entropy = token_logp(model, params, rows, temperature=temperature)
+        value, aux = policy_loss(
+            algorithm, logp, signals, advantage=advantage, weight=weight, token_weight=token_weight
+        )
+        return value, (aux, jax.lax.stop_gradient(logp), entropy)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    whole = (batch, signals, advantage, weight, token_weight)
+    if count == 1:
+        (value, (aux, logp, entropy)), total = gradient(state.params, whole)
+    else:
+
+        def accumulate(total: Any, part: Any) -> tuple[Any, Any]:
+            out, new = gradient(state.params, part)
+            return jax.tree.map(jnp.add, total, new), out
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        total, (values, (aux, logp, entropy)) = jax.lax.scan(accumulate, zeros, slices(whole, count))
+        value, aux, logp, entropy = jnp.sum(values), combine_aux(aux), unslice(logp), unslice(entropy)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 and float32
+        updates, opt_state = optimizer.update(total, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "policy/loss": value,
+        "optimizer/gradient_norm": optax.tree.norm(total),
+        "policy/entropy": masked_mean(entropy, batch.mask),
+        **{name: number for name, number in aux.items() if name != "policy/objective"},
+        **_rollout_metrics(algorithm, batch, logp, entropy),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.algorithm), metrics
+
+
+def _rollout_metrics(algorithm: Algorithm, batch: RolloutBatch, logp: jax.Array, entropy: jax.Array) -> Metrics:
+    """What is measured on sampled rows: the gap to the sampler, and the ratio's quantiles against the update's start."""
+    if "reward" not in algorithm.needs:
+        return {}  # demonstrations: nothing was sampled
+    behaviour = batch.logp_behaviour.astype(logp.dtype)
+    gap = jnp.where(batch.mask, jnp.abs(logp - behaviour), jnp.zeros_like(logp))
+    old = logp if batch.logp_old is None else batch.logp_old
+    ratio = jnp.where(
+        batch.mask, jnp.exp(jnp.where(batch.mask, logp - old, jnp.zeros_like(logp))), jnp.full_like(logp, jnp.nan)
+    )
+    # a batch without a single token has no ratio; 1 says that nothing moved
+    quantiles = jnp.nan_to_num(jnp.nanquantile(ratio, jnp.asarray(RATIO_QUANTILES, logp.dtype)), nan=1.0)
+    return {
+        "policy/sampler_gap": jnp.max(gap),
+        "policy/sampler_gap_mean": masked_mean(gap, batch.mask),
+        **{f"policy/ratio_q{round(100 * q):02d}": quantiles[i] for i, q in enumerate(RATIO_QUANTILES)},
+    }

@@ -1,0 +1,171 @@
+"""The supervised loop: imitate demonstrations, phase after phase, under one schedule."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxreason import objectives, sharding
+from jaxreason.batch import RolloutBatch, TrainState
+from jaxreason.data.batching import demonstration_batch
+from jaxreason.models.decoder import Model
+from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.sampling.rollout import SamplingConfig
+from jaxreason.tasks.task import Task
+from jaxreason.training import state as states
+from jaxreason.training.checkpoint import Checkpointer
+from jaxreason.training.collect import placer
+from jaxreason.training.evaluate import Evaluate
+from jaxreason.training.metrics import Progress, RunLog, check_finite
+from jaxreason.training.optimizer import OptimizerConfig
+from jaxreason.training.step import Split, make_update
+
+STAGE = "supervised"
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of the supervised stage with one kind of demonstrations."""
+
+    demonstrations: str = "worked"  # a kind that the task offers
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """The supervised stage; no phases: none. The phases share one optimiser and one schedule."""
+
+    phases: Mapping[str, PhaseConfig] = field(default_factory=dict)
+    demonstrations_per_step: int = 32
+    demonstrations_per_microbatch: int = 32
+    log_every_steps: int = 10
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases.values())
+
+
+class Outcome(NamedTuple):
+    """Where a loop stopped."""
+
+    state: TrainState
+    finished: bool  # False: interrupted, and saved
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When a loop saves."""
+
+    every_steps: int = 0  # 0: only at the end, and when interrupted
+    keep: int = 2  # newest checkpoints kept in each stage
+
+
+def make_batches(
+    config: SupervisedConfig, *, task: Task, tokenizer: Tokenizer, sampling: SamplingConfig
+) -> Callable[[int], RolloutBatch]:
+    """batch(step), a pure function of the step: demonstrations are numbered, and no number is used twice."""
+    for name, phase in config.phases.items():
+        if phase.demonstrations not in task.demonstrations:
+            there = ", ".join(f"'{kind}'" for kind in task.demonstrations) or "none"
+            raise ValueError(
+                f"supervised.phases.{name}.demonstrations is '{phase.demonstrations}', and the kinds that task "
+                f"'{task.name}' offers are: {there}"
+            )
+    kinds = [phase.demonstrations for phase in config.phases.values() for _ in range(phase.steps)]
+    size = config.demonstrations_per_step
+
+    def batch(step: int) -> RolloutBatch:
+        make = task.demonstrations[kinds[step]]
+        return demonstration_batch(
+            [make(number) for number in range(step * size, (step + 1) * size)],
+            task=task,
+            tokenizer=tokenizer,
+            max_prompt_tokens=sampling.max_prompt_tokens,
+            max_completion_tokens=sampling.max_completion_tokens,
+        )
+
+    return batch
+
+
+def fit(
+    state: TrainState,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    config: SupervisedConfig,
+    batches: Callable[[int], RolloutBatch],
+    evaluate: Evaluate,
+    start: int,
+    checkpointer: Checkpointer,
+    saving: Saving,
+    log: RunLog,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> Outcome:
+    """Trains from step `start` to the end of the last phase, or until `stop()`, when it saves and returns."""
+    split = Split(config.demonstrations_per_step, config.demonstrations_per_microbatch)
+    update = make_update(model, objectives.sft(), optimizer, temperature=1.0, split=split)
+    at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
+    step_fn = jax.jit(lambda s, b: update(s, None, b), donate_argnums=0, out_shardings=(at, everywhere))
+    place = placer(mesh)
+    ends = set(itertools.accumulate(phase.steps for phase in config.phases.values())) - {config.steps}
+    progress.stage(STAGE, config.steps, start)
+
+    pending: tuple[int, Any, int] | None = None
+    clock = time.perf_counter()
+    since = start
+
+    def flush(at_end_of_phase: bool = False) -> None:
+        """Reads the last step's metrics: one step late, so that the host prepares a batch while the device computes."""
+        nonlocal pending, clock, since
+        if pending is None:
+            return
+        step, metrics, tokens = pending
+        pending = None
+        values = {name: float(value) for name, value in sharding.fetch(metrics).items()}
+        check_finite(STAGE, step, values)
+        if step % config.log_every_steps == 0 or step in (1, config.steps) or at_end_of_phase:
+            now = time.perf_counter()
+            seconds, clock = (now - clock) / (step - since), now
+            since = step
+            line = {
+                "loss/sft": values["policy/loss"],
+                "optimizer/gradient_norm": values["optimizer/gradient_norm"],
+                "policy/entropy": values["policy/entropy"],
+                "time/step": seconds,
+                "throughput/tokens_per_second": tokens / seconds,
+            }
+            if at_end_of_phase:
+                line |= evaluate(state.params)[0]
+                clock = time.perf_counter()
+            log.metrics(STAGE, step, line)
+            progress.update(step, line)
+
+    step = start
+    while step < config.steps:
+        batch = batches(step)
+        state, metrics = step_fn(state, place(batch))
+        step += 1
+        flush()
+        pending = (step, metrics, int(batch.prompt_mask.sum() + batch.mask.sum()))
+        if step in ends:
+            flush(at_end_of_phase=True)
+        stopping = stop()
+        if step == config.steps or stopping or (saving.every_steps and step % saving.every_steps == 0):
+            flush()
+            checkpointer.save(step, state, {"stage": STAGE, "position": step * config.demonstrations_per_step})
+        if stopping and step < config.steps:
+            checkpointer.wait()
+            return Outcome(state, finished=False)
+    flush()
+    checkpointer.wait()
+    return Outcome(state, finished=True)

@@ -1,0 +1,74 @@
+"""Host nouns: what a problem, a completion and a reward are, in the standard library alone.
+
+They cross process borders (reward workers) and live in other people's code, so nothing here knows of arrays.
+The device's side of the same story is `jaxreason.batch`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class StopReason(enum.Enum):
+    """Why a completion ended."""
+
+    EOS = "eos"  # the policy chose an end-of-sequence token
+    STOP_STRING = "stop_string"  # the text ran into a stop string
+    STEP = "step"  # a reasoning step's delimiter, in search
+    LENGTH = "length"  # the token budget ran out: a truncated completion
+    PARKED = "parked"  # set aside, to be continued in a later step
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its hidden reference answer."""
+
+    id: str
+    question: str
+    answer: str
+    task: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the policy produced for one prompt."""
+
+    text: str
+    tokens: Sequence[int]
+    stop: StopReason
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scalar and the named parts it was made of; a part is None where its rule does not apply to the row."""
+
+    total: float
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A problem with a completion to imitate."""
+
+    problem: Problem
+    completion: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One row: a completion with its reward and the advantage it was given."""
+
+    problem: Problem
+    completion: Completion
+    reward: Reward
+    advantage: float = 0.0
+
+
+class RewardFn(Protocol):
+    """A host rule: text in, reward out. It may be called in another process."""
+
+    def __call__(self, problem: Problem, completion: Completion) -> Reward: ...

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreason.objectives.weights import constant_length, sequence_mean, sequence_sum, token_mean
+
+WEIGHTS = [token_mean, sequence_mean, sequence_sum, partial(constant_length, max_completion_tokens=10)]
+
+# Lengths 3, 1 in one group, 0 (no completion) and 2 in the other: N = 3, and 6 tokens.
+MASK = np.array([[[1, 1, 1, 0], [0, 1, 0, 0]], [[0, 0, 0, 0], [1, 0, 0, 1]]], bool)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rows"),
+    [
+        (WEIGHTS[0], [[1 / 6, 1 / 6], [0, 1 / 6]]),
+        (WEIGHTS[1], [[1 / 9, 1 / 3], [0, 1 / 6]]),
+        (WEIGHTS[2], [[1 / 3, 1 / 3], [0, 1 / 3]]),
+        (WEIGHTS[3], [[1 / 30, 1 / 30], [0, 1 / 30]]),
+    ],
+)
+def test_values(weight, rows):
+    expected = np.where(MASK, np.array(rows)[..., None], 0)
+    np.testing.assert_allclose(weight(jnp.asarray(MASK)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_an_all_masked_batch_is_zero(weight):
+    np.testing.assert_array_equal(weight(jnp.zeros((2, 3, 4), bool)), np.zeros((2, 3, 4)))
+
+
+def test_constant_length_checks_its_budget():
+    with pytest.raises(ValueError, match="max_completion_tokens is 0"):
+        constant_length(jnp.asarray(MASK), max_completion_tokens=0)
