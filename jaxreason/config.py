@@ -286,7 +286,9 @@ def make(module: Any, named: Named, *, key: str, returns: str, **offered: Any) -
     kwargs = {**{name: value for name, value in offered.items() if name in takes}, **named.kwargs}
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in kwargs:
-            raise ValueError(f"config.{key}.kwargs has no '{name}', which {named.name} needs: set --config.{key}.kwargs.{name}=...")
+            raise ValueError(
+                f"config.{key}.kwargs has no '{name}', which {named.name} needs: set --config.{key}.kwargs.{name}=..."
+            )
     return functions[named.name](**kwargs)
 
 

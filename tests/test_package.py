@@ -1,4 +1,4 @@
-"""The wheel is complete: built, installed away from the checkout, and run from a folder that has nothing to do with it."""
+"""The wheel is complete: built, installed away from the checkout, and run from an unrelated folder."""
 
 from __future__ import annotations
 

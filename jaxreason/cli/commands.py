@@ -29,6 +29,7 @@ from jaxreason.types import Problem, Reward
 def train(given: argparse.Namespace) -> int:
     config = schema.load(given.config, given.overrides)
     _join(given)
+    _choose_precision(config)
     _cache_compilations()
     console, main = Console(soft_wrap=not sys.stdout.isatty()), jax.process_index() == 0
     runs.open_folder(config, given.workdir)
@@ -36,7 +37,9 @@ def train(given: argparse.Namespace) -> int:
     if ended is not None:
         if main:
             _show(console, ended)
-            console.print(f"This run has ended: see {given.workdir / 'report.html'}, or give another --workdir.", highlight=False)
+            console.print(
+                f"This run has ended: see {given.workdir / 'report.html'}, or give another --workdir.", highlight=False
+            )
         return DONE
     progress = make_progress(sys.stdout, quiet=given.quiet or not main)
     try:
@@ -46,7 +49,9 @@ def train(given: argparse.Namespace) -> int:
         progress.close()
     if not result.finished:
         if main:
-            again = " ".join(["jaxreason train --config", given.config, "--workdir", str(given.workdir), *given.overrides])
+            again = " ".join(
+                ["jaxreason train --config", given.config, "--workdir", str(given.workdir), *given.overrides]
+            )
             console.print(f"Interrupted and saved. To go on: {again}", highlight=False, markup=False)
         return INTERRUPTED
     if main:
@@ -66,10 +71,17 @@ def _join(given: argparse.Namespace) -> None:
     explicit = (given.coordinator, given.processes, given.process)
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
-            raise ValueError("--coordinator, --processes and --process go together: give all three, or --distributed alone")
+            raise ValueError(
+                "--coordinator, --processes and --process go together: give all three, or --distributed alone"
+            )
         jax.distributed.initialize(given.coordinator, given.processes, given.process)
     elif given.distributed:
         jax.distributed.initialize()
+
+
+def _choose_precision(config: schema.Config) -> None:
+    if config.model.numerics.param_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
 
 
 def _cache_compilations() -> None:
@@ -114,6 +126,7 @@ def _stop_on_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]
 def _open(run: Path) -> tuple[runs.Experiment, Any, str]:
     """The experiment of a run's folder on this machine's devices, with its newest weights."""
     config = runs.read_config(run)
+    _choose_precision(config)
     _cache_compilations()
     experiment = runs.build(config, run)
     params, source = runs.latest_params(experiment, run)
@@ -139,7 +152,12 @@ def sample(given: argparse.Namespace) -> int:
     group = 1 if given.greedy else given.n
 
     def program(params: Any, prompts: Any, key: jax.Array) -> Any:
-        where = {"config": config.sampling, "group": group, "eos_ids": e.tokenizer.eos_ids, "pad_id": e.tokenizer.pad_id}
+        where = {
+            "config": config.sampling,
+            "group": group,
+            "eos_ids": e.tokenizer.eos_ids,
+            "pad_id": e.tokenizer.pad_id,
+        }
         return sample_and_score(e.model, e.scoring, params, prompts, None if given.greedy else key, **where)
 
     compiled = jax.jit(program, out_shardings=sharding.named(e.mesh))
@@ -148,22 +166,37 @@ def sample(given: argparse.Namespace) -> int:
     def answer(question: str, reference: str, number: int) -> None:
         problem = Problem(id="typed", question=question, answer=reference, task=e.task.name)
         prompts = prompt_batch(
-            [(number, problem)] * shards, task=e.task, tokenizer=e.tokenizer, max_prompt_tokens=config.sampling.max_prompt_tokens
+            [(number, problem)] * shards,
+            task=e.task,
+            tokenizer=e.tokenizer,
+            max_prompt_tokens=config.sampling.max_prompt_tokens,
         )
         sampled, parts = sharding.fetch(compiled(params, placer(e.mesh)(prompts), jax.random.key(given.seed)))
         groups = completions(sampled, e.tokenizer)
         parts = {**parts, **score_on_host(e.scoring, [problem] * shards, groups)}
         for g, completion in enumerate(groups[0]):
             # without a reference nothing can be said of accuracy
-            known = {name: float(values[0, g]) for name, values in parts.items() if reference or name != config.evaluation.accuracy}
+            known = {
+                name: float(values[0, g])
+                for name, values in parts.items()
+                if reference or name != config.evaluation.accuracy
+            }
             row = record(problem, completion, Reward(0.0, known))
             scores = "  ".join(f"{name} {value:g}" for name, value in known.items())
-            console.print(f"{row['completion']}\n    {scores}  tokens {row['length']}  ended by {row['stop']}", markup=False, highlight=False)
+            console.print(
+                f"{row['completion']}\n    {scores}  tokens {row['length']}  ended by {row['stop']}",
+                markup=False,
+                highlight=False,
+            )
 
     if given.problem is not None:
         answer(given.problem, given.answer, 0)
         return DONE
-    console.print(f"{source}. Type a problem, or an empty line to leave. For example: {e.task.heldout[0].question}", markup=False, highlight=False)
+    console.print(
+        f"{source}. Type a problem, or an empty line to leave. For example: {e.task.heldout[0].question}",
+        markup=False,
+        highlight=False,
+    )
     number = 0
     for line in sys.stdin:
         if not line.strip():

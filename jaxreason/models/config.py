@@ -45,3 +45,16 @@ def check(architecture: Architecture) -> None:
         )
     if a.head_size % 2:
         raise ValueError(f"config.model.architecture.head_size is {a.head_size}: rotary positions need an even number")
+
+
+PAIRS = {("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float64", "float64")}
+
+
+def check_numerics(numerics: Numerics) -> None:
+    """A ValueError where the types are unknown or do not go together."""
+    pair = (numerics.param_dtype, numerics.matmul_dtype)
+    if pair not in PAIRS:
+        allowed = ", ".join(f"{param} and {matmul}" for param, matmul in sorted(PAIRS))
+        raise ValueError(
+            f"config.model.numerics has param_dtype {pair[0]} and matmul_dtype {pair[1]}: expected one of {allowed}"
+        )

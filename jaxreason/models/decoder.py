@@ -114,7 +114,7 @@ def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], *, epsilon: flo
 def make_decoder(architecture: Architecture, numerics: Numerics, mesh: Mesh) -> Model:
     """The functions of a decoder on a mesh."""
     constrain = sharding.constrainer(mesh)
-    activation = "float64" if numerics.param_dtype == "float64" else "float32"
+    activation = _activation(numerics)
     bind = partial(partial, architecture=architecture, numerics=numerics, constrain=constrain, activation=activation)
     return Model(
         specs=declare(architecture),
@@ -125,6 +125,10 @@ def make_decoder(architecture: Architecture, numerics: Numerics, mesh: Mesh) -> 
         head=_head,
         numerics=numerics,
     )
+
+
+def _activation(numerics: Numerics) -> str:
+    return "float64" if numerics.param_dtype == "float64" else "float32"
 
 
 def _head(params: Params) -> jax.Array:
@@ -261,6 +265,24 @@ def prompt_hidden(
     else:
         x, (k, v) = jax.lax.scan(layer, x, layers)
     return rms_norm(x, params["final_norm"], epsilon=a.norm_epsilon), (k, v)
+
+
+def logits(
+    params: Params,
+    tokens: Int[Array, "P T"],
+    mask: Bool[Array, "P T"],
+    *,
+    architecture: Architecture,
+    numerics: Numerics,
+    mesh: Mesh,
+) -> Float[Array, "P T V"]:
+    """Logits after every token of left-padded rows, all at once: to compare with other implementations, not to train."""
+    bound = {"architecture": architecture, "numerics": numerics}
+    prepared = _prepare_sampling(params, **bound)
+    constrain = sharding.constrainer(mesh)
+    hidden, _ = prompt_hidden(prepared, tokens, mask, **bound, constrain=constrain, activation=_activation(numerics))
+    flat = dense(hidden.reshape(-1, architecture.hidden_size), prepared["head"], dtype=numerics.matmul_dtype)
+    return flat.reshape(*tokens.shape, -1)
 
 
 def _prepare_sampling(params: Params, *, architecture: Architecture, numerics: Numerics) -> Params:

@@ -18,13 +18,30 @@ from jax.sharding import Mesh
 
 from jaxreason import sharding
 
+Index = tuple[slice, ...]
+
 
 class Transform(NamedTuple):
-    """How a tensor of a Hugging Face file becomes ours and back; both act on one layer's tensor."""
+    """How a tensor of a Hugging Face file becomes ours and back; all act on one layer's tensor or a block of it.
+
+    `hf_index` says which block of the file's tensor holds a block of ours, so that a process reads its own shards only.
+    """
 
     to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
     to_hf: Callable[[np.ndarray], np.ndarray]
     hf_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    hf_index: Callable[[Index, tuple[int, ...]], Index]
+
+
+def _run(index: Index, shape: tuple[int, ...]) -> slice:
+    """Where a block of several axes lies in their flattening, of which only the first may be cut."""
+    if any(part.indices(size) != (0, size, 1) for part, size in zip(index[1:], shape[1:], strict=True)):
+        raise ValueError(
+            f"block {index} of axes {shape} is no single run: let sharding.RULES cut only the first of them"
+        )
+    start, stop, _ = index[0].indices(shape[0])
+    inner = math.prod(shape[1:])
+    return slice(start * inner, stop * inner)
 
 
 def linear(*, inputs: int = 1) -> Transform:
@@ -37,19 +54,28 @@ def linear(*, inputs: int = 1) -> Transform:
         to_ours=lambda x, shape: x.T.reshape(shape),
         to_hf=lambda x: x.reshape(sizes(x.shape)).T,
         hf_shape=lambda shape: sizes(shape)[::-1],
+        hf_index=lambda index, shape: (_run(index[inputs:], shape[inputs:]), _run(index[:inputs], shape[:inputs])),
     )
 
 
 def vector() -> Transform:
-    """A bias, a norm's scale or an embedding table: the same numbers, perhaps split into heads."""
+    """A bias or a norm's scale: the same numbers, perhaps split into heads."""
     return Transform(
-        to_ours=lambda x, shape: x.reshape(shape), to_hf=lambda x: x.reshape(-1), hf_shape=lambda s: (math.prod(s),)
+        to_ours=lambda x, shape: x.reshape(shape),
+        to_hf=lambda x: x.reshape(-1),
+        hf_shape=lambda shape: (math.prod(shape),),
+        hf_index=lambda index, shape: (_run(index, shape),),
     )
 
 
 def table() -> Transform:
     """A table [rows, width], stored as it is."""
-    return Transform(to_ours=lambda x, shape: x.reshape(shape), to_hf=lambda x: x, hf_shape=lambda shape: shape)
+    return Transform(
+        to_ours=lambda x, shape: x.reshape(shape),
+        to_hf=lambda x: x,
+        hf_shape=lambda shape: shape,
+        hf_index=lambda index, shape: index,
+    )
 
 
 class ParamSpec(NamedTuple):

@@ -20,8 +20,8 @@ def log_ratio(
 ) -> Float[Array, "P G T"]:
     """log pi - log pi_other on chosen tokens, 0 elsewhere; no gradient flows into `logp_other`.
 
-    Masked entries may hold anything, -inf and NaN included. They are replaced here, before an `exp` sees them: a `where`
-    behind the `exp` alone gives a finite value but a NaN gradient.
+    Masked entries may hold anything, -inf and NaN included. They are replaced here, before an `exp` sees them: a
+    `where` behind the `exp` alone gives a finite value but a NaN gradient.
     """
     return jnp.where(mask, logp, 0.0) - jnp.where(mask, lax.stop_gradient(logp_other), 0.0)
 

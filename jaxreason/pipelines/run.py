@@ -1,9 +1,9 @@
 """A run: from a config to a trained policy in a folder. Supervised phases, then reinforcement, each resumable.
 
-    config.json      the resolved config        metrics.jsonl    a line a logged step
-    checkpoints/     both stages' states        rollouts.jsonl   a line a shown completion
-    tokenizer/       where the task made one    examples.json    held-out completions before and after
-    policy/          the Hugging Face folder    summary.json     before, after, seconds; written last
+config.json      the resolved config        metrics.jsonl    a line a logged step
+checkpoints/     both stages' states        rollouts.jsonl   a line a shown completion
+tokenizer/       where the task made one    examples.json    held-out completions before and after
+policy/          the Hugging Face folder    summary.json     before, after, seconds; written last
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def build(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     source = huggingface.resolve(config.model.path) if config.model.path else None
     architecture = huggingface.read_architecture(source) if source else config.model.architecture
     model_config.check(architecture)
+    model_config.check_numerics(config.model.numerics)
     configs.check_context(config, architecture)
     task = configs.make(tasks, config.task, key="task", returns="Task")
     folder = source
@@ -98,7 +99,9 @@ def build(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     tokenizer = load_tokenizer(folder)
     tokens = len(tokenizer.hf)
     if tokens > architecture.vocab_size:
-        raise ValueError(f"the model's vocabulary holds {architecture.vocab_size} tokens and the tokenizer has {tokens}: raise config.model.architecture.vocab_size")
+        raise ValueError(
+            f"the model's vocabulary holds {architecture.vocab_size} tokens and the tokenizer has {tokens}: raise config.model.architecture.vocab_size"
+        )
     model = decoder.make_decoder(architecture, config.model.numerics, mesh)
     spec.check_divisible(model.specs, mesh)
     vocabulary = tokenizer.vocabulary(architecture.vocab_size)
@@ -140,7 +143,14 @@ def training_stream(experiment: Experiment) -> tuple[Stream, int]:
     return problem_stream(e.task.train, numbers=fitting, seed=e.config.seed), e.task.train_size - len(fitting)
 
 
-def train(config: Config, workdir: Path, *, progress: Progress, stop: Callable[[], bool], devices: list[jax.Device] | None = None) -> Result:
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    progress: Progress,
+    stop: Callable[[], bool],
+    devices: list[jax.Device] | None = None,
+) -> Result:
     """Trains to the end, or until `stop()`; a run folder that holds a part of this run is continued from there.
 
     Weights come from, in this order:
@@ -173,7 +183,7 @@ def train(config: Config, workdir: Path, *, progress: Progress, stop: Callable[[
         log.metrics(online.STAGE, 0, metrics)
         examples = {"before": rows[:EXAMPLES]}
         log.write_json("examples.json", examples)
-        progress.update(0, metrics)
+        progress.message(f"before reinforcement: {headline(metrics)}")
 
     # ---- reinforcement
     if config.online.steps:
@@ -203,7 +213,16 @@ def train(config: Config, workdir: Path, *, progress: Progress, stop: Callable[[
     return Result(True, summary, examples)
 
 
-def _supervised(e: Experiment, params: Any, workdir: Path, *, evaluate: Evaluate, log: RunLog, progress: Progress, stop: Callable[[], bool]) -> supervised.Outcome:
+def _supervised(
+    e: Experiment,
+    params: Any,
+    workdir: Path,
+    *,
+    evaluate: Evaluate,
+    log: RunLog,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> supervised.Outcome:
     config = e.config.supervised
     optimizer = make_optimizer(config.optimizer, steps=config.steps)
     batches = supervised.make_batches(config, task=e.task, tokenizer=e.tokenizer, sampling=e.config.sampling)
@@ -231,12 +250,23 @@ def _supervised(e: Experiment, params: Any, workdir: Path, *, evaluate: Evaluate
     return outcome
 
 
-def _online(e: Experiment, params: Any, workdir: Path, *, evaluate: Evaluate, log: RunLog, progress: Progress, stop: Callable[[], bool]) -> supervised.Outcome:
+def _online(
+    e: Experiment,
+    params: Any,
+    workdir: Path,
+    *,
+    evaluate: Evaluate,
+    log: RunLog,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> supervised.Outcome:
     config = e.config.online
     optimizer = make_optimizer(config.optimizer, steps=config.steps * config.updates_per_step)
     stream, left_out = training_stream(e)
     if left_out:
-        progress.message(f"{left_out} training problems left out: their prompts exceed {e.config.sampling.max_prompt_tokens} tokens")
+        progress.message(
+            f"{left_out} training problems left out: their prompts exceed {e.config.sampling.max_prompt_tokens} tokens"
+        )
     step_fn = online.make_step(
         e.model,
         e.algorithm,
@@ -275,7 +305,16 @@ def _online(e: Experiment, params: Any, workdir: Path, *, evaluate: Evaluate, lo
     return outcome
 
 
-def _restore(e: Experiment, checkpointer: Checkpointer, optimizer: Any, stage: str, *, params: Any, log: RunLog, progress: Progress) -> tuple[Any, int]:
+def _restore(
+    e: Experiment,
+    checkpointer: Checkpointer,
+    optimizer: Any,
+    stage: str,
+    *,
+    params: Any,
+    log: RunLog,
+    progress: Progress,
+) -> tuple[Any, int]:
     """The state to go on from and its step in this stage, with the run's files cut back to it."""
     restored = checkpointer.restore_latest(states.abstract(e.model, optimizer, e.mesh))
     if restored is None:
@@ -298,7 +337,9 @@ def open_folder(config: Config, workdir: Path) -> None:
     if not known:
         others = sorted(entry.name for entry in workdir.iterdir() if entry.name != "tokenizer")
         if others:
-            raise ValueError(f"--workdir is '{workdir}', which is not a run's folder and holds '{others[0]}': give an empty or a new folder")
+            raise ValueError(
+                f"--workdir is '{workdir}', which is not a run's folder and holds '{others[0]}': give an empty or a new folder"
+            )
         return
     # through JSON, as the stored one went: tuples are lists there
     changed = differences(known, json.loads(json.dumps(configs.to_dict(config))))
@@ -313,7 +354,9 @@ def open_folder(config: Config, workdir: Path) -> None:
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) of every leaf in which two nested dicts differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [each for key in {**a, **b} for each in differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)]
+        return [
+            each for key in {**a, **b} for each in differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+        ]
     return [] if a == b else [(path, a, b)]
 
 
@@ -333,7 +376,9 @@ def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
         folder = workdir / "checkpoints" / stage
         if folder.is_dir():
             checkpointer = Checkpointer(folder, keep=e.config.checkpoint.keep)
-            restored = checkpointer.restore_latest(states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh))
+            restored = checkpointer.restore_latest(
+                states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh)
+            )
             checkpointer.close()
             if restored is not None:
                 return restored.state.params, f"stage '{stage}', step {restored.step}"
@@ -344,7 +389,9 @@ def read_config(workdir: Path) -> Config:
     """The config of a run's folder."""
     known = _read_json(workdir / "config.json")
     if not known:
-        raise ValueError(f"'{workdir}' is not a run's folder: it holds no config.json; give the --workdir of jaxreason train")
+        raise ValueError(
+            f"'{workdir}' is not a run's folder: it holds no config.json; give the --workdir of jaxreason train"
+        )
     return configs.from_dict(known)
 
 
@@ -359,6 +406,12 @@ def describe(e: Experiment) -> str:
         f"rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "
         f"{'one program a step' if not e.scoring.host else 'rewards on the host'}"
     )
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """An evaluation in a few words."""
+    accuracy, length = (next(v for name, v in metrics.items() if name.endswith(end)) for end in ("/pass@1", "/length"))
+    return f"held-out accuracy {100 * accuracy:.1f}%, mean completion {length:.1f} tokens"
 
 
 def _phase_ends(config: Config) -> dict[str, int]:

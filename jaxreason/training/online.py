@@ -42,6 +42,7 @@ from jaxreason.training.collect import (
     score_on_host,
     total_reward,
 )
+from jaxreason.training.compiling import compiled
 from jaxreason.training.evaluate import Evaluate, EvaluationConfig
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig
@@ -208,12 +209,13 @@ def reinforce(
         log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer))
         progress.update(step, values)
 
-    step = start
+    step, program = start, None
     while step < config.steps:
         problems, prompts = prepare_batch(step)
         number = jax.device_put(np.asarray(step, np.int32), everywhere)
         if step_fn.fused is not None:
-            state, metrics, shown = step_fn.fused(state, reference, prompts, number)
+            program = program or compiled(step_fn.fused, state, reference, prompts, number)
+            state, metrics, shown = program(state, reference, prompts, number)
             times: dict[str, float] = {}
         else:
             state, metrics, shown, times = staged(state, prompts, problems, number)

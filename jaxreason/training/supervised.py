@@ -22,6 +22,7 @@ from jaxreason.tasks.task import Task
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.collect import placer
+from jaxreason.training.compiling import compiled
 from jaxreason.training.evaluate import Evaluate
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig
@@ -151,9 +152,12 @@ def fit(
             progress.update(step, line)
 
     step = start
+    program: Any = None
     while step < config.steps:
         batch = batches(step)
-        state, metrics = step_fn(state, place(batch))
+        placed = place(batch)
+        program = program or compiled(step_fn, state, placed)
+        state, metrics = program(state, placed)
         step += 1
         flush()
         pending = (step, metrics, int(batch.prompt_mask.sum() + batch.mask.sum()))

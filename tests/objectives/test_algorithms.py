@@ -361,7 +361,7 @@ def test_diagnostics_count_chosen_tokens_only():
 
 @pytest.mark.parametrize("shift", [-0.5, 0.5])
 def test_the_ratios_extremes_are_not_those_of_padding(shift: float):
-    """Padding counts as ratio 1 inside, which would be the minimum of ratios above 1, and the maximum of those below."""
+    """Padding counts as ratio 1 inside: it would be the minimum of ratios above 1, and the maximum of those below."""
     logp, signals = batch()
     signals = signals._replace(logp_old=jnp.asarray(logp - shift))
     _, aux = loss_of(objectives.dapo(), jnp.asarray(logp), signals)

@@ -349,6 +349,17 @@ def test_a_browser_shows_text_matches_newest_first_and_the_second_page(run: Path
 
 
 @needs_browser
+def test_a_browser_shows_the_group_of_a_row(run: Path, tmp_path: Path) -> None:
+    write_report(run)
+    page_file = run / "report.html"
+    click = "<script>document.querySelector('.detail button').click()</script></body>"
+    page_file.write_text(page_file.read_text(encoding="utf-8").replace("</body>", click), encoding="utf-8")
+    page = shown(run, tmp_path / "profile", "text=31&stop=eos&open=30")
+    assert [number for number, _ in page.rows] == [28, 29, 30, 31]
+    assert all(cells[2] == "p-7" for _, cells in page.rows) and "only problem p-7 \u00d7" in page.texts
+
+
+@needs_browser
 def test_a_browser_shows_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     write_report(tmp_path)

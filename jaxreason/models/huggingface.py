@@ -1,0 +1,362 @@
+"""Decoders from and to Hugging Face folders, without torch: config.json, safetensors files and the tokenizer's files.
+
+Names and shapes come from the declaration (spec.py) and are all checked before a number is read. Each process reads
+only the blocks that its own devices hold. Deliberately absent: families other than Qwen2, scaled rotary positions,
+sliding windows, quantised weights and pickled checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxreason import sharding
+from jaxreason.models import decoder, spec
+from jaxreason.models.config import Architecture
+from jaxreason.models.spec import ParamSpec, Specs
+from jaxreason.models.tokenizer import Tokenizer
+
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt")
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+STORED = ("F64", "F32", "F16", "BF16")  # number types of a safetensors file that are read
+EXPORTED = ("float32", "bfloat16", "float16")
+FILE_BYTES = 5_000_000_000  # a larger export is cut into files of at most this size
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+# ours -> theirs, and what theirs is where config.json leaves it out (None: it must be there)
+KEYS: dict[str, tuple[str, int | float | bool | None]] = {
+    "vocab_size": ("vocab_size", None),
+    "hidden_size": ("hidden_size", None),
+    "layers": ("num_hidden_layers", None),
+    "heads": ("num_attention_heads", None),
+    "mlp_size": ("intermediate_size", None),
+    "max_positions": ("max_position_embeddings", None),
+    "norm_epsilon": ("rms_norm_eps", 1e-6),
+    "tied": ("tie_word_embeddings", False),
+    "initializer_range": ("initializer_range", 0.02),
+}
+
+
+def resolve(path: str) -> Path:
+    """The folder at `path`, or a snapshot of the hub repository of that name."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(
+            f"model path {path!r} is no folder here and no hub name of the form owner/name: give a folder that holds "
+            "config.json, or a hub name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        # the second pattern leaves out subfolders, which hold the same weights in other formats
+        return Path(snapshot_download(path, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"]))
+    except Exception as error:  # network, permission, cache and naming errors share no base class
+        raise ValueError(
+            f"model path {path!r} is no folder here, and the hub did not give it ({type(error).__name__}): check the "
+            "name, or download it where there is a network and give the folder"
+        ) from error
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """The architecture that a folder's config.json states; a ValueError where it is one that we do not compute."""
+    file = Path(folder) / "config.json"
+    config = _read_json(file)
+    family = config.get("model_type")
+    if family != "qwen2":
+        raise ValueError(
+            f"{file} has model_type {family!r}, and supported is 'qwen2': give a Qwen2 or Qwen2.5 checkpoint"
+        )
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    supported = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "quantization_config": (config.get("quantization_config"), None),
+    }
+    for name, (found, expected) in supported.items():
+        if found != expected:
+            raise ValueError(f"{file} has {name} {found!r}, and supported is {expected!r}: give another checkpoint")
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in KEYS.items()}
+    for ours, (theirs, default) in KEYS.items():
+        if default is None and type(values[ours]) is not int:
+            raise ValueError(f"{file} has {theirs} {values[ours]!r}: expected an integer")
+    heads = values["heads"]
+    return Architecture(
+        **values,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or values["hidden_size"] // heads,
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: give a Hugging Face folder, which holds it")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, expected an object: download it again")
+    return content
+
+
+# ---- import
+
+
+class Stored(NamedTuple):
+    """A tensor in an open file; indexing `block` reads that block alone."""
+
+    file: str
+    shape: tuple[int, ...]
+    kind: str
+    block: Any
+
+
+def load_params(specs: Specs, folder: str | Path, *, dtype: str, mesh: Mesh) -> Any:
+    """The parameters of a folder on the mesh. All tensors' names and shapes are checked before any is read."""
+    with ExitStack() as stack:
+        tensors = _open(Path(folder), stack)
+        _check(specs, tensors, Path(folder))
+        return spec.tree_map(lambda each: _read(each, tensors, dtype=dtype, mesh=mesh), specs)
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors files, which stay open as long as the stack."""
+    from safetensors import SafetensorError, safe_open
+
+    placed: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        placed = _read_json(folder / INDEX).get("weight_map", {})
+    tensors = {}
+    for file in sorted(set(placed.values())) or [SINGLE]:
+        if not (folder / file).is_file():
+            where = f"which {INDEX} names" if placed else f"and no {INDEX}"
+            raise ValueError(
+                f"{folder} holds no {file}, {where}: give a folder with all of the model's safetensors files"
+            )
+        try:
+            opened = stack.enter_context(safe_open(folder / file, "numpy"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file} is no whole safetensors file ({error}): download it again") from error
+        for name in opened.keys():
+            if placed.get(name, file) == file:
+                block = opened.get_slice(name)
+                tensors[name] = Stored(file, tuple(block.get_shape()), block.get_dtype(), block)
+    return tensors
+
+
+def _names(each: ParamSpec) -> list[str]:
+    """A parameter's tensors: one, or one a layer."""
+    return [each.hf_name.format(layer=layer) for layer in range(each.shape[0])] if each.stacked else [each.hf_name]
+
+
+def _own(each: ParamSpec) -> tuple[int, ...]:
+    """The shape of a parameter, or of one layer of it."""
+    return each.shape[1:] if each.stacked else each.shape
+
+
+def _check(specs: Specs, tensors: dict[str, Stored], folder: Path) -> None:
+    """A ValueError where the tensors are not those declared."""
+    expected = {name: each.hf.hf_shape(_own(each)) for _, each in spec.leaves(specs) for name in _names(each)}
+    wrong = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            wrong.append(f"tensor {name} of shape {list(shape)} is in none of the safetensors files")
+        elif tensors[name].shape != shape:
+            wrong.append(
+                f"tensor {name} in {tensors[name].file} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+            )
+        elif tensors[name].kind not in STORED:
+            wrong.append(
+                f"tensor {name} in {tensors[name].file} holds {tensors[name].kind}, expected one of {', '.join(STORED)}"
+            )
+    for name, stored in tensors.items():
+        if name not in expected and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+            wrong.append(f"tensor {name} in {stored.file} is not among the {len(expected)} that the architecture has")
+    # some exports of a tied model hold the embedding a second time
+    if not wrong and HEAD in tensors and HEAD not in expected and not _equal(tensors[HEAD], tensors[EMBEDDING]):
+        wrong.append(
+            f"tensor {HEAD} in {tensors[HEAD].file} differs from {EMBEDDING}, expected the same (tie_word_embeddings)"
+        )
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{folder}: {'; '.join(wrong[:3])}{more}: give a checkpoint whose tensors fit its config.json")
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    rows = a.shape[0]
+    parts = [slice(row, min(row + 4096, rows)) for row in range(0, rows, 4096)]
+    return a.shape == b.shape and all(np.array_equal(a.block[part], b.block[part]) for part in parts)
+
+
+def _read(each: ParamSpec, tensors: dict[str, Stored], *, dtype: str, mesh: Mesh) -> jax.Array:
+    """A parameter on the mesh, layer by layer and block by block."""
+    names, own = _names(each), _own(each)
+
+    @cache  # devices that hold the same block share one reading
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        shape = tuple(stop - start for start, stop in bounds)
+        values = np.empty(shape, jnp.dtype(dtype))
+        target = values if each.stacked else values[None]
+        index = tuple(slice(*bound) for bound in bounds[-len(own) :])
+        for row, name in enumerate(names[slice(*bounds[0])] if each.stacked else names):
+            block = tensors[name].block[each.hf.hf_index(index, own)]
+            target[row] = each.hf.to_ours(block, target.shape[1:])
+        return values
+
+    def callback(index: Any) -> np.ndarray:
+        return read(tuple(part.indices(size)[:2] for part, size in zip(index, each.shape, strict=True)))
+
+    return jax.make_array_from_callback(each.shape, sharding.named(mesh, each.axes), callback)
+
+
+# ---- export
+
+
+def export(
+    params: Any,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    source: Path | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Writes a folder that transformers and `load_params` read. Every process must call it; the first one writes.
+
+    With a `source`, its tokenizer's files are copied, and its config.json and generation_config.json are kept but for
+    what differs. The folder appears whole or not at all; one that is there is replaced if it is an export too, and is
+    otherwise a ValueError.
+    """
+    folder = Path(folder).absolute()
+    if dtype not in EXPORTED:
+        raise ValueError(f"export got dtype {dtype!r}: expected one of {', '.join(EXPORTED)}")
+    if source is not None and folder.resolve() == Path(source).resolve():
+        raise ValueError(f"{folder} is the checkpoint that training started from: export to another folder")
+    if folder.exists() and not _replaceable(folder):
+        raise ValueError(f"{folder} exists and is no exported model, so it is not replaced: give a new folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    writing = jax.process_index() == 0
+    if writing:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _write_tensors(params, decoder.declare(architecture), partial if writing else None, dtype=jnp.dtype(dtype))
+    if writing:
+        _write_tokenizer(tokenizer, source, partial)
+        _write_json(partial / "config.json", _config(architecture, tokenizer, source, dtype=dtype))
+        _write_json(partial / "generation_config.json", _generation(tokenizer, source))
+        _swap(partial, folder)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("export")  # the folder is there for all when any returns
+
+
+def _write_tokenizer(tokenizer: Tokenizer, source: Path | None, folder: Path) -> None:
+    if source is None:
+        tokenizer.save(folder)
+        return
+    for pattern in TOKENIZER_FILES:
+        for file in Path(source).glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _replaceable(folder: Path) -> bool:
+    """An empty folder, or one with a config and weights; a run's folder has the first of them only."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Puts the finished folder in its place."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+
+
+def _write_tensors(params: Any, specs: Specs, folder: Path | None, *, dtype: np.dtype) -> None:
+    """Writes the safetensors files, with an index where there are several; without a folder only gathers."""
+    from safetensors.numpy import save_file
+
+    values = dict(zip((path for path, _ in spec.leaves(specs)), jax.tree.leaves(params), strict=True))
+    files: list[list[tuple[str, ParamSpec, jax.Array, int]]] = [[]]
+    size = total = 0
+    for path, each in spec.leaves(specs):
+        count = math.prod(_own(each)) * dtype.itemsize
+        for layer, name in enumerate(_names(each)):
+            if files[-1] and size + count > FILE_BYTES:
+                files.append([])
+                size = 0
+            files[-1].append((name, each, values[path], layer))
+            size, total = size + count, total + count
+    placed = {}
+    for number, part in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = {}
+        for name, each, value, layer in part:
+            # a layer at a time: gathering the whole stack would need room for it on every device
+            ours = sharding.fetch(value[layer] if each.stacked else value)
+            placed[name] = file
+            if folder is not None:
+                # safetensors silently stores wrong values for an array that is not contiguous
+                tensors[name] = np.ascontiguousarray(each.hf.to_hf(ours).astype(dtype))
+        if folder is not None:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if folder is not None and len(files) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
+
+
+def _config(architecture: Architecture, tokenizer: Tokenizer, source: Path | None, *, dtype: str) -> dict[str, Any]:
+    a = architecture
+    config = _read_json(source / "config.json") if source else {}
+    if source is None or read_architecture(source) != a:
+        config |= {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            **{theirs: getattr(a, ours) for ours, (theirs, _) in KEYS.items()},
+            "num_key_value_heads": a.kv_heads,
+            "head_dim": a.head_size,
+            "hidden_act": "silu",
+            "rope_parameters": {"rope_theta": a.rope_theta, "rope_type": "default"},
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "use_cache": True,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_ids[0],
+            "pad_token_id": tokenizer.pad_id,
+        }
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    return config
+
+
+def _generation(tokenizer: Tokenizer, source: Path | None) -> dict[str, Any]:
+    """The source's settings with our stop tokens, in our order: the first is the one that ends a demonstration."""
+    kept = source / "generation_config.json" if source else None
+    config = _read_json(kept) if kept and kept.is_file() else {}
+    eos = tokenizer.eos_ids
+    return config | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": tokenizer.pad_id}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
