@@ -51,9 +51,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--beta", type=float, default=0.04)
     p.add_argument("--tied", action="store_true")
     p.add_argument("--no-remat", action="store_true")
-    p.add_argument(
-        "--matmul", choices=("f32", "bf16"), default="f32", help="operands of the products; results are float32"
-    )
+    p.add_argument("--matmul", choices=("f32", "bf16"), default="f32", help="operands of the products; results are float32")
     p.add_argument("--sampling-only", action="store_true")
     return p.parse_args()
 
@@ -104,9 +102,7 @@ def main() -> None:
 
     def prompts() -> PromptBatch:
         ids = rng.integers(0, a.vocab, shape).astype(np.int32)
-        return place(
-            PromptBatch(ids, np.ones(shape, bool), np.arange(a.batch, dtype=np.uint32), np.zeros(a.batch, np.int32))
-        )
+        return place(PromptBatch(ids, np.ones(shape, bool), np.arange(a.batch, dtype=np.uint32), np.zeros(a.batch, np.int32)))
 
     def count() -> jax.Array:
         return jax.device_put(np.asarray(next(number), np.int32), sharding.named(mesh))

@@ -22,6 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.architecture.kv_heads = 2
     config.model.architecture.head_size = 32
     config.model.architecture.mlp_size = 384
+    config.model.architecture.initializer_range = 0.06  # near 1/sqrt(hidden_size): with 0.02 learning starts twice as late
 
     # Problems
     config.task.name = "word_problems"
@@ -45,10 +46,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.algorithm.kwargs = ConfigDict({"beta": 0.04})
     config.reward.accuracy = schema.part("traced.integer_answer", weight=1.0)
     config.reward.format = schema.part("traced.think_answer_format", weight=0.1)
-    config.online.steps = 40
+    config.online.steps = 50
     config.online.problems_per_step = 32
     config.online.problems_per_update = 32
-    config.online.problems_per_microbatch = 32
+    config.online.problems_per_microbatch = 8  # on a CPU, smaller pieces are faster: they stay in the cache
     config.online.completions_per_problem = 8
     config.online.optimizer.learning_rate = 1e-4
     config.online.optimizer.warmup_steps = 5

@@ -59,9 +59,7 @@ def compile_regex(pattern: str) -> ByteAutomaton:
     return _determinise(nfa, start, end)
 
 
-def lift(
-    automaton: ByteAutomaton, vocabulary: Sequence[bytes | None], *, transparent: Collection[int] = ()
-) -> TokenAutomaton:
+def lift(automaton: ByteAutomaton, vocabulary: Sequence[bytes | None], *, transparent: Collection[int] = ()) -> TokenAutomaton:
     """Run each token's bytes from each state: `transitions[s, v]` is where token v's bytes lead from s.
 
     None is a token without text: it leads to the dead state. Ids in `transparent` leave the state as it is, whatever

@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import flax.struct
-import jax
+
+# a jax.Array; but a NumPy array before it is placed, and a shape or a sharding under tree maps
+Leaf = Any
 
 
 @flax.struct.dataclass
 class PromptBatch:
     """Prompts of P problems, padded on the left to Tp tokens."""
 
-    prompt: jax.Array  # [P, Tp] int32
-    prompt_mask: jax.Array  # [P, Tp] bool, True on prompt tokens
-    problem: jax.Array  # [P] uint32, number of the problem in its task; folded into the sampling key
-    answer: jax.Array  # [P] int32, the reference as an integer for traced rules (0 where it is no integer)
+    prompt: Leaf  # [P, Tp] int32
+    prompt_mask: Leaf  # [P, Tp] bool, True on prompt tokens
+    problem: Leaf  # [P] uint32, number of the problem in its task; folded into the sampling key
+    answer: Leaf  # [P] int32, the reference as an integer for traced rules (-2^31 where it is none)
 
 
 @flax.struct.dataclass
@@ -31,24 +33,24 @@ class RolloutBatch:
     *of* `completion[p, g, t]`.
     """
 
-    prompt: jax.Array  # [P, Tp] int32
-    prompt_mask: jax.Array  # [P, Tp] bool
-    completion: jax.Array  # [P, G, T] int32
-    mask: jax.Array  # [P, G, T] bool
-    truncated: jax.Array  # [P, G] bool, ended by the token budget
-    logp_behaviour: jax.Array  # [P, G, T] float, under the policy that sampled
-    reward: jax.Array | None = None  # [P, G] float
-    step_reward: jax.Array | None = None  # [P, G, T] float, process supervision
-    segments: jax.Array | None = None  # [P, G, T] int32, packed rows
-    logp_old: jax.Array | None = None  # [P, G, T] float, at the start of the update
-    logp_ref: jax.Array | None = None  # [P, G, T] float, under the reference
+    prompt: Leaf  # [P, Tp] int32
+    prompt_mask: Leaf  # [P, Tp] bool
+    completion: Leaf  # [P, G, T] int32
+    mask: Leaf  # [P, G, T] bool
+    truncated: Leaf  # [P, G] bool, ended by the token budget
+    logp_behaviour: Leaf  # [P, G, T] float, under the policy that sampled
+    reward: Leaf | None = None  # [P, G] float
+    step_reward: Leaf | None = None  # [P, G, T] float, process supervision
+    segments: Leaf | None = None  # [P, G, T] int32, packed rows
+    logp_old: Leaf | None = None  # [P, G, T] float, at the start of the update
+    logp_ref: Leaf | None = None  # [P, G, T] float, under the reference
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that a training step reads and writes. Keys are folded from seed and step, so there is no random state."""
 
-    step: jax.Array  # [] int32, updates of this stage done
+    step: Leaf  # [] int32, updates of this stage done
     params: Any
     opt_state: Any
     algorithm: Any = flax.struct.field(default_factory=dict)  # what an algorithm carries; often empty

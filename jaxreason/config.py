@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
+import functools
 import importlib.util
-import inspect
+import math
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,13 @@ from ml_collections import ConfigDict
 
 import jaxreason
 from jaxreason.models.config import Architecture, Numerics
+from jaxreason.naming import KINDS, call, find, nearest, returning
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.sharding import MeshConfig
 from jaxreason.training.collect import RulePart
 from jaxreason.training.evaluate import EvaluationConfig
 from jaxreason.training.online import OnlineConfig
+from jaxreason.training.optimizer import check as check_optimizer
 from jaxreason.training.supervised import PhaseConfig, Saving, SupervisedConfig
 
 
@@ -64,10 +67,6 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-# what a file may add entries to: the schema gives the type of an entry, the file its name
-ENTRIES = {"reward": RulePart, "supervised.phases": PhaseConfig}
-
-
 def default() -> ConfigDict:
     """The schema's defaults as an unlocked ConfigDict, for an experiment file to fill in and `finish`."""
     return _to_config_dict(Config())
@@ -90,7 +89,7 @@ def finish(config: ConfigDict, arg: str | None) -> ConfigDict:
     return (_shrink(config) if arg == "tiny" else config).lock()
 
 
-def _shrink(config: ConfigDict) -> ConfigDict:
+def _shrink(config: Any) -> ConfigDict:
     """The same experiment with a tiny model, tiny batches and two steps of each loop."""
     a = config.model.architecture
     a.hidden_size, a.layers, a.heads, a.kv_heads, a.head_size, a.mlp_size = 32, 2, 4, 2, 8, 64
@@ -103,9 +102,8 @@ def _shrink(config: ConfigDict) -> ConfigDict:
     online.problems_per_step = online.problems_per_update = online.problems_per_microbatch = 8
     online.completions_per_problem = min(online.completions_per_problem, 4)
     config.evaluation.problems_per_batch = 8
-    for name in ("heldout_size",):
-        if name in config.task.kwargs:
-            config.task.kwargs[name] = 8
+    if "heldout_size" in config.task.kwargs:
+        config.task.kwargs.heldout_size = 8
     config.checkpoint.every_steps = 1
     return config
 
@@ -132,10 +130,7 @@ def config_folder() -> Path:
 def shipped() -> list[tuple[str, str]]:
     """(name, first line of the docstring) of every experiment file."""
     files = sorted(file for file in config_folder().glob("*.py") if not file.name.startswith("_"))
-    return [
-        (file.stem, (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0])
-        for file in files
-    ]
+    return [(file.stem, (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]) for file in files]
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Config:
@@ -146,20 +141,37 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
         file = config_folder() / f"{given}.py"
     if not file.is_file():
         names = [name for name, _ in shipped()]
-        raise ValueError(
-            f"--config is '{source}', which is neither a file nor one of the shipped configs: {', '.join(names)}"
-        )
-    spec = importlib.util.spec_from_file_location(f"jaxreason_config_{file.stem}", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(arg or None)
-    except (AttributeError, KeyError) as error:  # a misspelt key in the file itself
-        raise ValueError(f"{file} does not make a config: {error.args[0] if error.args else error}") from error
+        raise ValueError(f"--config is '{source}', which is neither a file nor one of the shipped configs: {', '.join(names)}")
+    config = _execute(file, arg or None)
     for override in overrides:
         _override(config, override)
     return from_config_dict(config)
+
+
+def _execute(file: Path, arg: str | None) -> ConfigDict:
+    """What the file's get_config returns; a ValueError says what is wrong in which line of it."""
+    spec = importlib.util.spec_from_file_location(f"jaxreason_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config is '{file}', which is no Python file: give one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError(f"{file} has no function get_config(arg=None): define it, as the shipped configs do")
+        config = module.get_config(arg)
+    except ValueError:
+        raise
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}: correct the file") from error
+    except Exception as error:  # the file is a program: whatever it raises is a mistake in it
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        text = str(error.args[0] if error.args else error).strip("\n.")
+        raise ValueError(
+            f"{file}, line {lines[-1] if lines else '?'}: {text} ({type(error).__name__}): correct the file"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config of {file} returns {_article(type(config))}: return schema.finish(config, arg)")
+    return config
 
 
 def from_config_dict(config: ConfigDict) -> Config:
@@ -184,9 +196,7 @@ def to_dict(config: Any) -> Any:
 def _override(config: ConfigDict, text: str) -> None:
     key, equals, value = text.removeprefix("--config.").partition("=")
     if not text.startswith("--config.") or not equals or not key:
-        raise ValueError(
-            f"the override '{text}' is not understood: write --config.key=value, for example --config.seed=1"
-        )
+        raise ValueError(f"the override '{text}' is not understood: write --config.key=value, for example --config.seed=1")
     *parents, leaf = key.split(".")
     node: Any = config
     for depth, name in enumerate(parents):
@@ -199,9 +209,7 @@ def _override(config: ConfigDict, text: str) -> None:
     _known(node, leaf, path=".".join(parents))
     old = node[leaf]
     if isinstance(old, ConfigDict):
-        raise ValueError(
-            f"config.{key} is a group of keys: set one of {', '.join(f'config.{key}.{name}' for name in old)}"
-        )
+        raise ValueError(f"config.{key} is a group of keys: set one of {', '.join(f'config.{key}.{name}' for name in old)}")
     new = value if isinstance(old, str) else _literal(value)
     if isinstance(old, bool) and isinstance(new, str) and new.lower() in ("true", "false"):
         new = new.lower() == "true"
@@ -227,16 +235,11 @@ def _known(node: Any, name: str, *, path: str) -> None:
 
 
 def _unknown(name: str, there: Sequence[str], *, path: str) -> str:
-    where = f"config.{path}" if path else "config"
-    near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(there) or 'no keys'}"
-    return f"{where} has no key '{name}': {hint}"
+    return f"config{'.' * bool(path)}{path} has no key '{name}': {nearest(name, there)}"
 
 
 def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a tuple"}.get(
-        kind, kind.__name__
-    )
+    return KINDS.get(kind, f"a {kind.__name__}")
 
 
 def _typed(kind: Any, value: Any, *, path: str) -> Any:
@@ -249,20 +252,21 @@ def _typed(kind: Any, value: Any, *, path: str) -> Any:
             if name not in hints:
                 raise ValueError(_unknown(name, list(hints), path=path))
         prefix = f"{path}." if path else ""
-        return kind(**{name: _typed(hints[name], value[name], path=prefix + name) for name in value})  # pyright: ignore[reportCallIssue]
+        fields: Any = {name: _typed(hints[name], value[name], path=prefix + name) for name in value}
+        return typing.cast(type, kind)(**fields)
     if typing.get_origin(kind) is not None:  # Mapping[str, X]
         entry = typing.get_args(kind)[1]
         if not isinstance(value, Mapping | ConfigDict):
             raise ValueError(f"config.{path} is {value!r}: expected a group of keys")
-        return types.MappingProxyType(
-            {name: _typed(entry, each, path=f"{path}.{name}") for name, each in value.items()}
-        )
+        return types.MappingProxyType({name: _typed(entry, each, path=f"{path}.{name}") for name, each in value.items()})
     if kind is Any:
         return value.to_dict() if isinstance(value, ConfigDict) else value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"config.{path} is {value!r}: expected {_article(kind)}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"config.{path} is {value}: expected a finite number")
     return value
 
 
@@ -274,101 +278,80 @@ def make(module: Any, named: Named, *, key: str, returns: str, **offered: Any) -
 
     What is `offered` is passed where the function takes it and the config does not say otherwise. A ValueError says what exists.
     """
-    functions = {name: f for name, f in inspect.getmembers(module, inspect.isfunction) if _return_type(f) == returns}
-    if named.name not in functions:
-        near = difflib.get_close_matches(named.name, functions, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(functions)}"
-        raise ValueError(f"config.{key}.name is '{named.name}', which does not exist: {hint}")
-    takes = inspect.signature(functions[named.name]).parameters
-    for name in named.kwargs:
-        if name not in takes:
-            raise ValueError(_unknown(name, list(takes), path=f"{key}.kwargs"))
-    kwargs = {**{name: value for name, value in offered.items() if name in takes}, **named.kwargs}
-    for name, parameter in takes.items():
-        if parameter.default is parameter.empty and name not in kwargs:
-            raise ValueError(
-                f"config.{key}.kwargs has no '{name}', which {named.name} needs: set --config.{key}.kwargs.{name}=..."
-            )
-    return functions[named.name](**kwargs)
+    function = find(named.name, returning(module, returns), key=f"{key}.name")
+    return call(function, kwargs=named.kwargs, key=f"{key}.kwargs", **offered)
 
 
-def _return_type(function: Any) -> str:
-    annotation = inspect.signature(function).return_annotation
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+LEAST = {
+    "seed": 0,
+    "sampling.max_prompt_tokens": 1,
+    "sampling.max_completion_tokens": 1,
+    "supervised.demonstrations_per_step": 1,
+    "supervised.demonstrations_per_microbatch": 1,
+    "supervised.log_every_steps": 1,
+    "online.steps": 0,
+    "online.problems_per_step": 1,
+    "online.completions_per_problem": 1,
+    "online.problems_per_update": 1,
+    "online.problems_per_microbatch": 1,
+    "online.epochs": 1,
+    "online.logged_problems": 0,
+    "evaluation.every_steps": 0,
+    "evaluation.problems_per_batch": 1,
+    "checkpoint.every_steps": 0,
+    "checkpoint.keep": 1,
+    "model.numerics.logits_chunk_tokens": 1,
+}
+DIVIDES = (
+    ("online.problems_per_update", "online.problems_per_step"),
+    ("online.problems_per_microbatch", "online.problems_per_update"),
+    ("supervised.demonstrations_per_microbatch", "supervised.demonstrations_per_step"),
+)
+SHARDED = ("online.problems_per_microbatch", "supervised.demonstrations_per_microbatch", "evaluation.problems_per_batch")
+LARGEST_SEED = 2**32 - 1
 
 
 def check(config: Config, *, shards: int) -> None:
-    """Raises ValueError where sizes contradict each other, before anything is compiled.
+    """Raises ValueError where a value is out of its range or sizes contradict each other, before anything is compiled.
 
     `shards` is the number of devices over which problems are split.
     """
-    o, s, e = config.online, config.supervised, config.evaluation
-    positive = {
-        "sampling.max_prompt_tokens": config.sampling.max_prompt_tokens,
-        "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
-        "online.problems_per_step": o.problems_per_step,
-        "online.completions_per_problem": o.completions_per_problem,
-        "online.problems_per_update": o.problems_per_update,
-        "online.problems_per_microbatch": o.problems_per_microbatch,
-        "online.epochs": o.epochs,
-        "supervised.demonstrations_per_step": s.demonstrations_per_step,
-        "supervised.demonstrations_per_microbatch": s.demonstrations_per_microbatch,
-        "supervised.log_every_steps": s.log_every_steps,
-        "evaluation.problems_per_batch": e.problems_per_batch,
-        "checkpoint.keep": config.checkpoint.keep,
-        "model.numerics.logits_chunk_tokens": config.model.numerics.logits_chunk_tokens,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ValueError(f"config.{key} is {value}: expected at least 1")
-    for key, value in {
-        "online.steps": o.steps,
-        "evaluation.every_steps": e.every_steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "online.logged_problems": o.logged_problems,
-        **{f"supervised.phases.{name}.steps": each.steps for name, each in s.phases.items()},
-    }.items():
-        if value < 0:
-            raise ValueError(f"config.{key} is {value}: expected 0 or more")
+
+    def at(key: str) -> Any:
+        return functools.reduce(getattr, key.split("."), config)
+
+    least = LEAST | {f"supervised.phases.{name}.steps": 0 for name in config.supervised.phases}
+    for key, smallest in least.items():
+        value = config.supervised.phases[key.split(".")[2]].steps if ".phases." in key else at(key)
+        if value < smallest:
+            raise ValueError(f"config.{key} is {value}: expected {smallest} or more")
+    if config.seed > LARGEST_SEED:
+        raise ValueError(f"config.seed is {config.seed}: expected at most {LARGEST_SEED}")
     if not config.sampling.temperature > 0:
         raise ValueError(
             f"config.sampling.temperature is {config.sampling.temperature}: expected more than 0; evaluation is greedy by itself"
         )
-    divides = [
-        ("online.problems_per_step", o.problems_per_step, "online.problems_per_update", o.problems_per_update),
-        (
-            "online.problems_per_update",
-            o.problems_per_update,
-            "online.problems_per_microbatch",
-            o.problems_per_microbatch,
-        ),
-        (
-            "supervised.demonstrations_per_step",
-            s.demonstrations_per_step,
-            "supervised.demonstrations_per_microbatch",
-            s.demonstrations_per_microbatch,
-        ),
-    ]
-    for whole_key, whole, piece_key, piece in divides:
-        if whole % piece:
+    for piece, whole in DIVIDES:
+        if at(whole) % at(piece):
             raise ValueError(
-                f"config.{piece_key} is {piece}, which does not divide config.{whole_key} = {whole}: choose a divisor of {whole}"
+                f"config.{piece} is {at(piece)}, which does not divide config.{whole} = {at(whole)}: "
+                f"choose a divisor of {at(whole)}"
             )
-    for key, value in {
-        "online.problems_per_microbatch": o.problems_per_microbatch,
-        "supervised.demonstrations_per_microbatch": s.demonstrations_per_microbatch,
-        "evaluation.problems_per_batch": e.problems_per_batch,
-    }.items():
-        if value % shards:
+    for key in SHARDED:
+        if at(key) % shards:
             raise ValueError(
-                f"config.{key} is {value}, which {shards} devices along mesh axes data and fsdp do not divide: choose a multiple of {shards}"
+                f"config.{key} is {at(key)}, which the {shards} devices along mesh axes data and fsdp do not divide: "
+                f"choose a multiple of {shards}"
             )
-    if config.reward and e.accuracy not in config.reward:
+    for stage in ("supervised", "online"):
+        check_optimizer(at(stage).optimizer, key=f"{stage}.optimizer")
+    if not config.reward:
+        raise ValueError("config.reward has no part: add a rule, config.reward.accuracy = schema.part('...'), in the config's file")
+    accuracy = config.evaluation.accuracy
+    if accuracy not in config.reward:
         raise ValueError(
-            f"config.evaluation.accuracy is '{e.accuracy}', and the parts of the reward are {', '.join(config.reward)}: choose one of them"
+            f"config.evaluation.accuracy is '{accuracy}', which is no part of the reward: {nearest(accuracy, [*config.reward])}"
         )
-    if o.steps and not config.reward:
-        raise ValueError("config.reward has no part, and config.online.steps is above 0: add a rule")
 
 
 def check_context(config: Config, architecture: Architecture) -> None:
@@ -376,6 +359,6 @@ def check_context(config: Config, architecture: Architecture) -> None:
     prompt, completion = config.sampling.max_prompt_tokens, config.sampling.max_completion_tokens
     if prompt + completion > architecture.max_positions:
         raise ValueError(
-            f"config.sampling.max_prompt_tokens = {prompt} and max_completion_tokens = {completion} make {prompt + completion} tokens, and the "
-            f"model's context holds {architecture.max_positions}: lower one of them"
+            f"config.sampling.max_prompt_tokens = {prompt} and max_completion_tokens = {completion} make {prompt + completion} "
+            f"tokens, and the model's context holds {architecture.max_positions}: lower one of them"
         )

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+
+def at_least_float32(dtype: Any) -> np.dtype:
+    """float32, or the wider float that `dtype` is; NumPy's rule, because jax's obeys strict promotion and refuses the pair."""
+    return np.promote_types(dtype, np.float32)
 
 
 def dense(x: Float[Array, "rows inner"], w: Float[Array, "inner outer"], *, dtype: str) -> Float[Array, "rows outer"]:
@@ -83,9 +90,7 @@ def _join(x: jax.Array, *, problems: int, tokens: int) -> jax.Array:
     return jnp.moveaxis(x, 0, 1).reshape(problems, -1)[:, :tokens]
 
 
-def logprob_and_entropy(
-    logits: Float[Array, "*b V"], target: Int[Array, "*b"]
-) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+def logprob_and_entropy(logits: Float[Array, "*b V"], target: Int[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """log softmax(logits)[target], and the entropy without gradient."""
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     shifted = logits - top

@@ -7,7 +7,7 @@ are explicitly Auto: the compiler places what lies between the constraints. One 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +44,26 @@ def mesh_shape(config: MeshConfig, *, devices: int) -> tuple[int, ...]:
     sizes = [config.data, config.fsdp, config.tensor]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(
-            f"mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}: expected positive numbers, "
+            f"config.mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}: expected positive numbers, "
             "with -1 in at most one place for the rest of the devices"
         )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if devices % fixed:
             raise ValueError(
-                f"mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} need a multiple of {fixed} "
-                f"devices, and there are {devices}: change mesh.fsdp or mesh.tensor so that their product divides {devices}"
+                f"config.mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} need a multiple of {fixed} "
+                f"devices, and there are {devices}: change config.mesh.fsdp or tensor so that their product divides {devices}"
             )
         sizes[sizes.index(-1)] = devices // fixed
     elif fixed != devices:
         raise ValueError(
-            f"mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} make {fixed} devices, and there are "
+            f"config.mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} make {fixed} devices, and there are "
             f"{devices}: set one of them to -1 to take the rest"
         )
     return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig, *, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh with axes `data`, `fsdp`, `tensor`."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, devices=len(devices))

@@ -102,9 +102,7 @@ def test_a_pattern_that_explodes_is_refused(pattern: str):
         compile_regex(pattern)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "states"), [("(a|b)*abb", 4), ("a{3}", 4), ("(a|b)*a(a|b){4}", 32), ("ab|cb|db", 3)]
-)
+@pytest.mark.parametrize(("pattern", "states"), [("(a|b)*abb", 4), ("a{3}", 4), ("(a|b)*a(a|b){4}", 32), ("ab|cb|db", 3)])
 def test_the_automaton_is_the_smallest_with_one_dead_state(pattern: str, states: int):
     automaton = compile_regex(pattern)
     assert automaton.transitions.dtype == np.int32 and automaton.transitions.shape == (states + 1, 256)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import shlex
+import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,15 @@ from rich.console import Console
 from jaxreason import config as schema
 from jaxreason import sharding
 from jaxreason.cli.main import DONE, INTERRUPTED
-from jaxreason.cli.progress import before_after_table, make_progress, side_by_side
+from jaxreason.cli.progress import before_after_table, make_progress, side_by_side, visible
 from jaxreason.data.batching import prompt_batch
 from jaxreason.models import huggingface
 from jaxreason.pipelines import run as runs
 from jaxreason.training.collect import completions, placer, record, sample_and_score, score_on_host
 from jaxreason.training.report import write_report
 from jaxreason.types import Problem, Reward
+
+SHOW_CURSOR = b"\x1b[?25h\n"  # the live display hides it
 
 
 def train(given: argparse.Namespace) -> int:
@@ -36,26 +42,24 @@ def train(given: argparse.Namespace) -> int:
     ended = runs.finished(given.workdir)
     if ended is not None:
         if main:
+            if not (given.workdir / "report.html").is_file():  # it is written last
+                write_report(given.workdir)
             _show(console, ended)
-            console.print(
-                f"This run has ended: see {given.workdir / 'report.html'}, or give another --workdir.", highlight=False
-            )
+            console.print(f"This run has ended: see {given.workdir / 'report.html'}, or give another --workdir.", highlight=False)
         return DONE
     progress = make_progress(sys.stdout, quiet=given.quiet or not main)
     try:
         with _stop_on_signals(progress.message) as stop:
             result = runs.train(config, given.workdir, progress=progress, stop=stop)
+            report = write_report(given.workdir) if result.finished and main else None
     finally:
         progress.close()
     if not result.finished:
         if main:
-            again = " ".join(
-                ["jaxreason train --config", given.config, "--workdir", str(given.workdir), *given.overrides]
-            )
-            console.print(f"Interrupted and saved. To go on: {again}", highlight=False, markup=False)
+            again = shlex.join([*_program(), *given.words])
+            console.print(f"Interrupted and saved. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
         return INTERRUPTED
     if main:
-        report = write_report(given.workdir)
         _show(console, result)
         console.print(f"Report: {report}   policy: {given.workdir / 'policy'}", highlight=False, markup=False)
     return DONE
@@ -66,14 +70,20 @@ def _show(console: Console, result: runs.Result) -> None:
     console.print(side_by_side(result.examples))
 
 
+def _program() -> list[str]:
+    """How this program was started, as words for a shell."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return [sys.executable, "-m", "jaxreason"]
+    return ["jaxreason"] if shutil.which("jaxreason") else [str(started)]
+
+
 def _join(given: argparse.Namespace) -> None:
     """Joins the other processes of the run, before the first use of a device."""
     explicit = (given.coordinator, given.processes, given.process)
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
-            raise ValueError(
-                "--coordinator, --processes and --process go together: give all three, or --distributed alone"
-            )
+            raise ValueError("--coordinator, --processes and --process go together: give all three, or --distributed alone")
         jax.distributed.initialize(given.coordinator, given.processes, given.process)
     elif given.distributed:
         jax.distributed.initialize()
@@ -95,32 +105,60 @@ def _cache_compilations() -> None:
 
 @contextmanager
 def _stop_on_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM let the step finish and be saved; a second one ends the process at once."""
-    asked = False
+    """Ctrl-C and SIGTERM let the step finish and be saved; a second one ends the process at once.
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked = True
-        say(f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
+    Python runs a handler only between two instructions of the main thread, which a compilation puts minutes away. So the
+    signals are read in a thread, from the pipe that Python's own C handler writes their numbers to.
+    """
+    asked = threading.Event()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        told = False
+        while byte := os.read(reading, 1):
+            if byte[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if told:
+                _end_by(byte[0])
+            told = True
+            asked.set()
+            with suppress(OSError, ValueError):  # nobody is there to read it
+                say(f"{signal.Signals(byte[0]).name}: finishing this step and saving; once more to stop at once")
 
     def stop() -> bool:
         if jax.process_count() == 1:
-            return asked
+            return asked.is_set()
         import numpy as np
         from jax.experimental import multihost_utils
 
         # all processes must leave after the same step, whichever was signalled
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(asked.is_set()))))
 
+    def ask(number: int, frame: Any) -> None:
+        asked.set()  # an event loop that saves a checkpoint lends itself the pipe: then only this is called
+
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(pipe_before)
+        os.close(writing)  # ends the watcher
+        watcher.join()
+        os.close(reading)
+
+
+def _end_by(number: int) -> None:
+    """Ends the process as the signal does by default; may be called in any thread."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), SHOW_CURSOR)
+    ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; Python's own signal.signal works in the main thread only
+    os.kill(os.getpid(), number)
 
 
 def _open(run: Path) -> tuple[runs.Experiment, Any, str]:
@@ -146,9 +184,14 @@ def evaluate(given: argparse.Namespace) -> int:
 def sample(given: argparse.Namespace) -> int:
     if given.n < 1:
         raise ValueError(f"--n is {given.n}: expected 1 or more completions")
-    experiment, params, source = _open(given.run)
-    console = Console(soft_wrap=True)
-    e, config = experiment, experiment.config
+    if given.answer and given.problem is None:
+        raise ValueError(f"--answer is '{given.answer}', and there is no --problem that it answers: give both")
+    e, params, source = _open(given.run)
+    console, config = Console(soft_wrap=True), e.config
+
+    def say(text: str) -> None:
+        console.print(visible(text), markup=False, highlight=False)
+
     group = 1 if given.greedy else given.n
 
     def program(params: Any, prompts: Any, key: jax.Array) -> Any:
@@ -164,6 +207,10 @@ def sample(given: argparse.Namespace) -> int:
     shards = sharding.problem_shards(e.mesh)
 
     def answer(question: str, reference: str, number: int) -> None:
+        unknown = e.tokenizer.unknown(question)
+        if unknown:
+            words = ", ".join(dict.fromkeys(unknown))
+            say(f"The policy has no token for: {words}. It knows the words of problems such as: {e.task.heldout[0].question}")
         problem = Problem(id="typed", question=question, answer=reference, task=e.task.name)
         prompts = prompt_batch(
             [(number, problem)] * shards,
@@ -176,36 +223,22 @@ def sample(given: argparse.Namespace) -> int:
         parts = {**parts, **score_on_host(e.scoring, [problem] * shards, groups)}
         for g, completion in enumerate(groups[0]):
             # without a reference nothing can be said of accuracy
-            known = {
-                name: float(values[0, g])
-                for name, values in parts.items()
-                if reference or name != config.evaluation.accuracy
-            }
+            known = {name: float(values[0, g]) for name, values in parts.items() if reference or name != config.evaluation.accuracy}
             row = record(problem, completion, Reward(0.0, known))
             scores = "  ".join(f"{name} {value:g}" for name, value in known.items())
-            console.print(
-                f"{row['completion']}\n    {scores}  tokens {row['length']}  ended by {row['stop']}",
-                markup=False,
-                highlight=False,
-            )
+            say(f"{row['completion']}\n    {scores}  tokens {row['length']}  ended by {row['stop']}")
 
     if given.problem is not None:
         answer(given.problem, given.answer, 0)
         return DONE
-    console.print(
-        f"{source}. Type a problem, or an empty line to leave. For example: {e.task.heldout[0].question}",
-        markup=False,
-        highlight=False,
-    )
-    number = 0
-    for line in sys.stdin:
+    say(f"{source}. Type a problem, or an empty line to leave. For example: {e.task.heldout[0].question}")
+    for number, line in enumerate(iter(sys.stdin.readline, "")):
         if not line.strip():
             break
         try:
-            answer(line.strip(), given.answer, number)
+            answer(line.strip(), "", number)
         except ValueError as error:
-            console.print(f"jaxreason: {error}", markup=False, highlight=False)
-        number += 1
+            say(f"jaxreason: {error}")
     return DONE
 
 

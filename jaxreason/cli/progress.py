@@ -84,9 +84,7 @@ class LiveProgress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.stages:
-            raise ValueError(
-                f"step {step} was reported before a stage: call stage(name, total_steps, done_steps) first"
-            )
+            raise ValueError(f"step {step} was reported before a stage: call stage(name, total_steps, done_steps) first")
         self.stages[-1].update(step, metrics, self.clock())
 
     def message(self, text: str) -> None:
@@ -142,18 +140,14 @@ class PlainProgress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         stage, now = self.current, self.clock()
         if stage is None:
-            raise ValueError(
-                f"step {step} was reported before a stage: call stage(name, total_steps, done_steps) first"
-            )
+            raise ValueError(f"step {step} was reported before a stage: call stage(name, total_steps, done_steps) first")
         stage.update(step, metrics, now)
         asked_for = step >= stage.total or any(name.startswith("eval/") for name in metrics)
         if not asked_for and self.printed is not None and now - self.printed < LINE_SECONDS:
             return
         self.printed = now
         numbers = "  ".join(f"{label} {value}" for label, value in stage.columns(metrics))
-        times = f"elapsed {_clock(now - stage.started)}" + (
-            f"  left {_clock(stage.left(now))}" if step < stage.total else ""
-        )
+        times = f"elapsed {_clock(now - stage.started)}" + (f"  left {_clock(stage.left(now))}" if step < stage.total else "")
         self.message(f"{stage.name} {step:>{len(str(stage.total))}}/{stage.total}  {numbers}  {times}")
 
     def message(self, text: str) -> None:

@@ -12,6 +12,7 @@ from jaxreason.tasks.task import Task
 from jaxreason.types import Demonstration, Problem
 
 LARGEST_INTEGER = 2**31 - 1
+NO_INTEGER = -(2**31)  # stands for a reference that is none; 0 would reward a completion that answers 0
 
 
 def prompt_batch(
@@ -28,21 +29,21 @@ def prompt_batch(
         if not 0 < len(row) <= max_prompt_tokens:
             raise ValueError(
                 f"the prompt of problem {problem.id} has {len(row)} tokens: expected 1 to {max_prompt_tokens}; "
-                "raise sampling.max_prompt_tokens"
+                "raise config.sampling.max_prompt_tokens"
             )
         prompt[i, -len(row) :] = row
         mask[i, -len(row) :] = True
     number = np.asarray([number % 2**32 for number, _ in numbered], np.uint32)
-    return PromptBatch(prompt, mask, number, np.asarray([integer_answer(p) for _, p in numbered], np.int32))  # pyright: ignore
+    return PromptBatch(prompt, mask, number, np.asarray([integer_answer(p) for _, p in numbered], np.int32))
 
 
 def integer_answer(problem: Problem) -> int:
-    """The reference as an integer for traced rules, 0 where it is none or too large for them."""
+    """The reference as an integer for traced rules, NO_INTEGER where it is none or too large for them."""
     try:
         value = int(problem.answer)
     except ValueError:
-        return 0
-    return value if abs(value) <= LARGEST_INTEGER else 0
+        return NO_INTEGER
+    return value if abs(value) <= LARGEST_INTEGER else NO_INTEGER
 
 
 def demonstration_batch(
@@ -63,15 +64,15 @@ def demonstration_batch(
         if len(row) > max_completion_tokens:
             raise ValueError(
                 f"the demonstration of problem {demonstrations[i].problem.id} has {len(row)} tokens: expected at most "
-                f"{max_completion_tokens}; raise sampling.max_completion_tokens"
+                f"{max_completion_tokens}; raise config.sampling.max_completion_tokens"
             )
         completion[i, 0, : len(row)] = row
         mask[i, 0, : len(row)] = True
     return RolloutBatch(
         prompt=prompts.prompt,
         prompt_mask=prompts.prompt_mask,
-        completion=completion,  # pyright: ignore[reportArgumentType]
-        mask=mask,  # pyright: ignore[reportArgumentType]
-        truncated=np.zeros(mask.shape[:2], bool),  # pyright: ignore[reportArgumentType]
-        logp_behaviour=np.zeros(mask.shape, np.float32),  # pyright: ignore[reportArgumentType]
+        completion=completion,
+        mask=mask,
+        truncated=np.zeros(mask.shape[:2], bool),
+        logp_behaviour=np.zeros(mask.shape, np.float32),
     )

@@ -20,7 +20,7 @@ def problem_stream(train: Callable[[int], Problem], *, numbers: Sequence[int] | 
     """
     if numbers is not None and not len(numbers):
         raise ValueError(
-            "the task has no training problem left: every prompt is longer than sampling.max_prompt_tokens"
+            "the task has no training problem left: every prompt is longer than config.sampling.max_prompt_tokens: raise it"
         )
 
     @lru_cache(maxsize=2)

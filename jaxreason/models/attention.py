@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxreason.numerics import at_least_float32
+
 Rotation = tuple[jax.Array, jax.Array]
 
 
@@ -42,7 +44,7 @@ def _mask(scores: jax.Array, allowed: jax.Array) -> jax.Array:
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # with bfloat16 operands results are float32; otherwise their own type
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.einsum(equation, a, b, preferred_element_type=at_least_float32(a.dtype))
 
 
 def prompt_attention(
@@ -99,7 +101,7 @@ def decode_attention(
     to_prompt = _dot("pgkrc,pskc->pgkrs", q, prompt_k)
     to_prompt = _mask(to_prompt, prompt_mask[:, None, None, None, :])
     to_own = _dot("pgkrc,pgksc->pgkrs", q, k)
-    to_own = _mask(to_own, (jnp.arange(k.shape[3]) <= time)[None, None, None, None])
+    to_own = _mask(to_own, (jnp.arange(k.shape[3], dtype=jnp.int32) <= time)[None, None, None, None])
     p = softmax(jnp.concatenate([to_prompt, to_own], axis=-1)).astype(v.dtype)
     out = _dot("pgkrs,pskc->pgkrc", p[..., :prompt_tokens], prompt_v)
     out = out + _dot("pgkrs,pgksc->pgkrc", p[..., prompt_tokens:], v)

@@ -39,12 +39,18 @@ def check(architecture: Architecture) -> None:
     for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_size", "mlp_size", "max_positions"):
         if getattr(a, name) < 1:
             raise ValueError(f"config.model.architecture.{name} is {getattr(a, name)}: expected a positive number")
+    for name, value in (("rope_theta", a.rope_theta), ("norm_epsilon", a.norm_epsilon), ("initializer_range", a.initializer_range)):
+        if not value > 0:
+            raise ValueError(f"config.model.architecture.{name} is {value}: expected more than 0")
     if a.heads % a.kv_heads:
         raise ValueError(
-            f"config.model.architecture.heads is {a.heads}, which kv_heads = {a.kv_heads} does not divide: choose a divisor of {a.heads}"
+            f"config.model.architecture.kv_heads is {a.kv_heads}, which does not divide heads = {a.heads}: "
+            f"choose a divisor of {a.heads}"
         )
     if a.head_size % 2:
-        raise ValueError(f"config.model.architecture.head_size is {a.head_size}: rotary positions need an even number")
+        raise ValueError(
+            f"config.model.architecture.head_size is {a.head_size}: expected an even number, which rotary positions need"
+        )
 
 
 PAIRS = {("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float64", "float64")}
@@ -56,5 +62,5 @@ def check_numerics(numerics: Numerics) -> None:
     if pair not in PAIRS:
         allowed = ", ".join(f"{param} and {matmul}" for param, matmul in sorted(PAIRS))
         raise ValueError(
-            f"config.model.numerics has param_dtype {pair[0]} and matmul_dtype {pair[1]}: expected one of {allowed}"
+            f"config.model.numerics.param_dtype is '{pair[0]}' and matmul_dtype '{pair[1]}': expected one of {allowed}"
         )

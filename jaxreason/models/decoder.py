@@ -19,7 +19,7 @@ from jaxreason import sharding
 from jaxreason.models import attention
 from jaxreason.models.config import Architecture, Numerics
 from jaxreason.models.spec import ParamSpec, Specs, linear, table, vector
-from jaxreason.numerics import dense
+from jaxreason.numerics import at_least_float32, dense
 
 Params = Any
 UNROLLED_LAYERS = 8  # up to this depth decoding unrolls its layers: faster, and still quick to compile
@@ -37,9 +37,7 @@ class Cache(NamedTuple):
 
 
 class CompletionHidden(Protocol):
-    def __call__(
-        self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, completion: jax.Array
-    ) -> jax.Array: ...
+    def __call__(self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, completion: jax.Array) -> jax.Array: ...
 
 
 class Prefill(Protocol):
@@ -56,9 +54,7 @@ class Model(NamedTuple):
     """What training and sampling need of a policy. Parameters are an argument everywhere; nothing is held."""
 
     specs: Specs
-    completion_hidden: (
-        CompletionHidden  # params, prompt, prompt_mask, completion [P,G,T] -> [P,G,T,D], of the token *before*
-    )
+    completion_hidden: CompletionHidden  # params, prompt, prompt_mask, completion [P,G,T] -> [P,G,T,D], of the token *before*
     prefill: Prefill  # params, prompt, prompt_mask -> last hidden [P,D], Cache
     decode: Decode  # params, token [P,G], time [], Cache -> hidden [P,G,D], Cache
     prepare_sampling: Any  # params -> params in the form that decoding reads fastest
@@ -72,9 +68,7 @@ def declare(architecture: Architecture) -> Specs:
     std = a.initializer_range
     block = "model.layers.{layer}."
 
-    def stacked(
-        shape: tuple[int, ...], axes: sharding.Axes, name: str, *, init: str = "normal", hf: Any = None
-    ) -> ParamSpec:
+    def stacked(shape: tuple[int, ...], axes: sharding.Axes, name: str, *, init: str = "normal", hf: Any = None) -> ParamSpec:
         return ParamSpec((a.layers, *shape), ("layers", *axes), init, std, block + name, hf or linear())
 
     width, heads, kv, size, mlp = a.hidden_size, a.heads, a.kv_heads, a.head_size, a.mlp_size
@@ -93,9 +87,7 @@ def declare(architecture: Architecture) -> Specs:
         "down": stacked((mlp, width), ("mlp", "embed"), "mlp.down_proj.weight"),
     }
     specs: Specs = {
-        "embed": ParamSpec(
-            (a.vocab_size, width), ("vocab", "embed"), "normal", std, "model.embed_tokens.weight", table()
-        ),
+        "embed": ParamSpec((a.vocab_size, width), ("vocab", "embed"), "normal", std, "model.embed_tokens.weight", table()),
         "layers": layers,
         "final_norm": ParamSpec((width,), (None,), "ones", std, "model.norm.weight", vector()),
     }
@@ -106,7 +98,7 @@ def declare(architecture: Architecture) -> Specs:
 
 def rms_norm(x: Float[Array, "*b D"], scale: Float[Array, " D"], *, epsilon: float) -> Float[Array, "*b D"]:
     """x / sqrt(mean x^2 + epsilon) * scale (arXiv:1910.07467, Eq. 4), at least in float32."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(at_least_float32(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
     return (y * scale.astype(y.dtype)[(None,) * (y.ndim - 1)]).astype(x.dtype)
 
@@ -135,13 +127,14 @@ def _head(params: Params) -> jax.Array:
     return params["head"] if "head" in params else params["embed"].T
 
 
-def _embed(params: Params, tokens: jax.Array, activation: str) -> jax.Array:
-    return jnp.take(params["embed"], tokens, axis=0, mode="clip").astype(activation)
+def _embed(params: Params, tokens: jax.Array, activation: str, constrain: sharding.Constrain) -> jax.Array:
+    # the table's width is gathered first: rows looked up in a split one would be made whole on every device
+    table = constrain(params["embed"], ("vocab", None))
+    x = jnp.take(table, tokens, axis=0, mode="clip").astype(activation)
+    return constrain(x, ("problems", None, None))
 
 
-def _qkv(
-    layer: Params, x: jax.Array, rotation: attention.Rotation, architecture: Architecture, numerics: Numerics
-) -> Any:
+def _qkv(layer: Params, x: jax.Array, rotation: attention.Rotation, architecture: Architecture, numerics: Numerics) -> Any:
     """Queries, keys and values of [..., D] activations, rotated; one flat product for the three."""
     a = architecture
     h = rms_norm(x, layer["attention_norm"], epsilon=a.norm_epsilon).reshape(-1, a.hidden_size)
@@ -152,9 +145,7 @@ def _qkv(
     return attention.rotate(q, rotation).astype(kind), attention.rotate(k, rotation).astype(kind), v.astype(kind)
 
 
-def _after_attention(
-    layer: Params, x: jax.Array, out: jax.Array, architecture: Architecture, numerics: Numerics
-) -> jax.Array:
+def _after_attention(layer: Params, x: jax.Array, out: jax.Array, architecture: Architecture, numerics: Numerics) -> jax.Array:
     """Output projection and the SwiGLU block, both residual."""
     a, kind = architecture, numerics.matmul_dtype
     flat = x.reshape(-1, a.hidden_size)
@@ -210,7 +201,7 @@ def _completion_hidden(
     own = jnp.tile(jnp.arange(tokens, dtype=jnp.int32), group)[None] + length[:, None]
     position = jnp.concatenate([_positions(prompt_mask), own], axis=1)
     rotation = attention.rotary(position, head_size=a.head_size, theta=a.rope_theta, dtype=activation)
-    x = _embed(params, jnp.concatenate([prompt, fed], axis=1), activation)
+    x = _embed(params, jnp.concatenate([prompt, fed], axis=1), activation, constrain)
 
     def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         weights = _fuse(weights, a)
@@ -243,11 +234,14 @@ def prompt_hidden(
     numerics: Numerics,
     constrain: sharding.Constrain,
     activation: str,
-) -> tuple[Float[Array, "P Tp D"], tuple[jax.Array, jax.Array]]:
-    """Final hidden states of every prompt token, and the keys and values of all layers [L, P, Tp, K, C]."""
+) -> tuple[Float[Array, "P Tp D"], tuple[Any, Any]]:
+    """Final hidden states of every prompt token, and the keys and values of all layers, L x [P, Tp, K, C].
+
+    The L are a tuple or an axis, as in `params["layers"]`.
+    """
     a = architecture
     rotation = attention.rotary(_positions(prompt_mask), head_size=a.head_size, theta=a.rope_theta, dtype=activation)
-    x = _embed(params, prompt, activation)
+    x = _embed(params, prompt, activation, constrain)
 
     def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x = constrain(x, ("problems", None, None))
@@ -340,11 +334,12 @@ def _decode(
     a = architecture
     position = jnp.broadcast_to((cache.prompt_length + time)[:, None], token.shape)
     rotation = attention.rotary(position, head_size=a.head_size, theta=a.rope_theta, dtype=activation)
-    x = _embed(params, token, activation)
+    x = _embed(params, token, activation, constrain)
 
     def write(buffer: jax.Array, new: jax.Array, *lead: Any) -> jax.Array:
         new = new[:, :, :, None].astype(buffer.dtype)[(None,) * len(lead)]
-        return jax.lax.dynamic_update_slice(buffer, new, (*lead, 0, 0, 0, time, 0))
+        start = (jnp.asarray(i, jnp.int32) for i in (*lead, 0, 0, 0, time, 0))  # with float64 on, a plain 0 would be int64
+        return jax.lax.dynamic_update_slice(buffer, new, tuple(start))
 
     def attend(weights: Params, x: jax.Array, read: Any) -> tuple[jax.Array, Any]:
         x = constrain(x, ("problems", None, None))

@@ -77,9 +77,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     config = _read_json(file)
     family = config.get("model_type")
     if family != "qwen2":
-        raise ValueError(
-            f"{file} has model_type {family!r}, and supported is 'qwen2': give a Qwen2 or Qwen2.5 checkpoint"
-        )
+        raise ValueError(f"{file} has model_type {family!r}, and supported is 'qwen2': give a Qwen2 or Qwen2.5 checkpoint")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     supported = {
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
@@ -146,9 +144,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Stored]:
     for file in sorted(set(placed.values())) or [SINGLE]:
         if not (folder / file).is_file():
             where = f"which {INDEX} names" if placed else f"and no {INDEX}"
-            raise ValueError(
-                f"{folder} holds no {file}, {where}: give a folder with all of the model's safetensors files"
-            )
+            raise ValueError(f"{folder} holds no {file}, {where}: give a folder with all of the model's safetensors files")
         try:
             opened = stack.enter_context(safe_open(folder / file, "numpy"))
         except (SafetensorError, OSError) as error:
@@ -178,21 +174,15 @@ def _check(specs: Specs, tensors: dict[str, Stored], folder: Path) -> None:
         if name not in tensors:
             wrong.append(f"tensor {name} of shape {list(shape)} is in none of the safetensors files")
         elif tensors[name].shape != shape:
-            wrong.append(
-                f"tensor {name} in {tensors[name].file} has shape {list(tensors[name].shape)}, expected {list(shape)}"
-            )
+            wrong.append(f"tensor {name} in {tensors[name].file} has shape {list(tensors[name].shape)}, expected {list(shape)}")
         elif tensors[name].kind not in STORED:
-            wrong.append(
-                f"tensor {name} in {tensors[name].file} holds {tensors[name].kind}, expected one of {', '.join(STORED)}"
-            )
+            wrong.append(f"tensor {name} in {tensors[name].file} holds {tensors[name].kind}, expected one of {', '.join(STORED)}")
     for name, stored in tensors.items():
         if name not in expected and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"tensor {name} in {stored.file} is not among the {len(expected)} that the architecture has")
     # some exports of a tied model hold the embedding a second time
     if not wrong and HEAD in tensors and HEAD not in expected and not _equal(tensors[HEAD], tensors[EMBEDDING]):
-        wrong.append(
-            f"tensor {HEAD} in {tensors[HEAD].file} differs from {EMBEDDING}, expected the same (tie_word_embeddings)"
-        )
+        wrong.append(f"tensor {HEAD} in {tensors[HEAD].file} differs from {EMBEDDING}, expected the same (tie_word_embeddings)")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{folder}: {'; '.join(wrong[:3])}{more}: give a checkpoint whose tensors fit its config.json")
@@ -285,14 +275,12 @@ def _replaceable(folder: Path) -> bool:
 
 def _swap(partial: Path, folder: Path) -> None:
     """Puts the finished folder in its place."""
+    old = folder.with_name(f".{folder.name}.old")  # also what a kill at this place left
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_tensors(params: Any, specs: Specs, folder: Path | None, *, dtype: np.dtype) -> None:

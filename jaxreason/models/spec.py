@@ -36,9 +36,7 @@ class Transform(NamedTuple):
 def _run(index: Index, shape: tuple[int, ...]) -> slice:
     """Where a block of several axes lies in their flattening, of which only the first may be cut."""
     if any(part.indices(size) != (0, size, 1) for part, size in zip(index[1:], shape[1:], strict=True)):
-        raise ValueError(
-            f"block {index} of axes {shape} is no single run: let sharding.RULES cut only the first of them"
-        )
+        raise ValueError(f"block {index} of axes {shape} is no single run: let sharding.RULES cut only the first of them")
     start, stop, _ = index[0].indices(shape[0])
     inner = math.prod(shape[1:])
     return slice(start * inner, stop * inner)
@@ -128,7 +126,7 @@ def check_divisible(specs: Specs, mesh: Mesh) -> None:
             if size % parts:
                 raise ValueError(
                     f"parameter {path} has {size} {axis}, which mesh axis {'*'.join(on)} = {parts} does not divide: "
-                    f"choose mesh.{on[0]} among the divisors of {size}"
+                    f"choose config.mesh.{'*'.join(on)} among the divisors of {size}"
                 )
 
 

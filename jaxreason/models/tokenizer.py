@@ -6,7 +6,7 @@ Both are loaded by the same call. The stop tokens, the padding token and the byt
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,25 @@ class Tokenizer:
 
     def encode_prompts(self, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
         """Token ids of each conversation under the chat template, ready for the assistant's turn."""
-        texts = [
-            self.hf.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations
-        ]
+        texts = [self.hf.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations]
         return self.hf(texts, add_special_tokens=False)["input_ids"]
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of completions, each with its stop token."""
         return [[*ids, self.eos_ids[0]] for ids in self.hf(list(texts), add_special_tokens=False)["input_ids"]]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """The text of a completion: its stop token and padding left out, every other token kept."""
         kept = [int(token) for token in tokens if int(token) not in self.eos_ids and int(token) != self.pad_id]
         return self.hf.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def unknown(self, text: str) -> list[str]:
+        """The pieces of a text that a closed vocabulary does not hold; a byte-level one holds everything."""
+        if self.hf.unk_token_id is None:
+            return []
+        found = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return [text[start:end].strip() for token, (start, end) in pairs if token == self.hf.unk_token_id]
 
     def vocabulary(self, size: int) -> list[bytes | None]:
         """The bytes of each token id below `size`; None where an id stands for no text."""
@@ -68,12 +74,13 @@ def _byte_alphabet() -> dict[int, str]:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, with every stop token that its generation config names."""
-    from transformers import AutoTokenizer
+    # not AutoTokenizer: for some model types it rebuilds the tokenizer by class and ignores most of tokenizer.json
+    from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no tokenizer.json: give a folder saved with a fast tokenizer")
-    hf = AutoTokenizer.from_pretrained(folder)
+    hf = PreTrainedTokenizerFast.from_pretrained(folder)
     eos: list[int] = []
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -84,9 +91,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not eos:
         raise ValueError(f"{folder} names no end-of-sequence token: set eos_token in its tokenizer_config.json")
     if hf.chat_template is None:
-        raise ValueError(
-            f"{folder} has no chat template: add chat_template.jinja, which says how a conversation becomes a prompt"
-        )
+        raise ValueError(f"{folder} has no chat template: add chat_template.jinja, which says how a conversation becomes a prompt")
     # nothing is derived from the padding id, so the stop token may serve where a tokenizer names no other
     pad = hf.pad_token_id if hf.pad_token_id is not None else eos[0]
     return Tokenizer(hf=hf, eos_ids=tuple(eos), pad_id=pad)
@@ -94,7 +99,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def save_word_tokenizer(words: Sequence[str], folder: Path) -> None:
     """Writes a tokenizer whose tokens are these pieces and the think and answer tags, digits one by one."""
-    from tokenizers import Regex, Tokenizer as Fast, decoders, models, pre_tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerFast
 
     special = ("<pad>", "<eos>", "<unk>", *TAGS)

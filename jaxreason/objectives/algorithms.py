@@ -133,6 +133,9 @@ def _clipped_parts(*, clip_low: float, clip_high: float, beta: float, kl: str) -
     """The fields that GRPO's family shares: a clipped surrogate and, beside it, a pull to the reference."""
     if kl not in ("k1", "k2", "k3"):
         raise ValueError(f"kl is {kl!r}, but it must be 'k1', 'k2' or 'k3'.")
+    for name, value in (("beta", beta), ("clip_low", clip_low), ("clip_high", clip_high)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}, but it must be 0 or more.")
 
     def coefficient(logp: Array, signals: Signals, advantage: Array) -> tuple[Array, Array]:
         assert signals.logp_old is not None

@@ -15,9 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 
-def log_ratio(
-    logp: Float[Array, "P G T"], logp_other: Float[Array, "P G T"], mask: Bool[Array, "P G T"]
-) -> Float[Array, "P G T"]:
+def log_ratio(logp: Float[Array, "P G T"], logp_other: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Float[Array, "P G T"]:
     """log pi - log pi_other on chosen tokens, 0 elsewhere; no gradient flows into `logp_other`.
 
     Masked entries may hold anything, -inf and NaN included. They are replaced here, before an `exp` sees them: a
@@ -26,23 +24,17 @@ def log_ratio(
     return jnp.where(mask, logp, 0.0) - jnp.where(mask, lax.stop_gradient(logp_other), 0.0)
 
 
-def kl_k1(
-    logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]
-) -> Float[Array, "P G T"]:
+def kl_k1(logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Float[Array, "P G T"]:
     """k1 = l: unbiased value, either sign. 0 on masked tokens. Nats per token."""
     return log_ratio(logp, logp_ref, mask)
 
 
-def kl_k2(
-    logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]
-) -> Float[Array, "P G T"]:
+def kl_k2(logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Float[Array, "P G T"]:
     """k2 = l^2 / 2: biased value, never negative. 0 on masked tokens. Nats per token."""
     return 0.5 * jnp.square(log_ratio(logp, logp_ref, mask))
 
 
-def kl_k3(
-    logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]
-) -> Float[Array, "P G T"]:
+def kl_k3(logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Float[Array, "P G T"]:
     """k3 = pi_ref/pi - log(pi_ref/pi) - 1: unbiased value, never negative (DeepSeekMath, arXiv:2402.03300, Eq. 4).
 
     0 on masked tokens. Nats per token.

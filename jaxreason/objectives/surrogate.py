@@ -167,9 +167,7 @@ def combine_aux(aux: dict[str, Array]) -> dict[str, Array]:
     return {name: merge(name, values) for name, values in aux.items()}
 
 
-def _watch(
-    algorithm: Algorithm, logp: Array, signals: Signals, advantage: Array, token_weight: Array
-) -> dict[str, Array]:
+def _watch(algorithm: Algorithm, logp: Array, signals: Signals, advantage: Array, token_weight: Array) -> dict[str, Array]:
     """The diagnostics of `policy_loss`, on log-probabilities that carry no gradient."""
     assert signals.logp_old is not None
     metrics = ratio_diagnostics(logp, signals.logp_old, signals.mask, token_weight)

@@ -8,9 +8,13 @@ policy/          the Hugging Face folder    summary.json     before, after, seco
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +38,13 @@ from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.collect import Scoring, make_scoring
 from jaxreason.training.evaluate import Evaluate, make_evaluate
-from jaxreason.training.metrics import Progress, RunLog, read_jsonl
+from jaxreason.training.metrics import NonFiniteError, Progress, RunLog, check_finite, read_jsonl
 from jaxreason.training.optimizer import make_optimizer
+from jaxreason.types import Problem
 
 EXAMPLES = 16
+PARTIAL_TOKENIZER = ".tokenizer.partial"
+BEFORE_CONFIG = {"tokenizer", PARTIAL_TOKENIZER, "config.json.tmp"}  # what a run that has just begun may hold
 INITIALISING = 1  # what the seed's key is folded with for random weights
 
 
@@ -53,6 +60,7 @@ class Experiment(NamedTuple):
     algorithm: Algorithm
     scoring: Scoring
     source: Path | None  # the checkpoint's folder, where there is one
+    left_out: int  # held-out problems whose prompts are too long, which `task` no longer has
 
 
 class Result(NamedTuple):
@@ -63,7 +71,7 @@ class Result(NamedTuple):
     examples: Mapping[str, Any]
 
 
-def build(config: Config, workdir: Path, *, devices: list[jax.Device] | None = None) -> Experiment:
+def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
     """Resolves every name of the config and checks every size; nothing is compiled, and no weight is read."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     configs.check(config, shards=sharding.problem_shards(mesh))
@@ -76,8 +84,17 @@ def build(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     )
     if config.online.steps and algorithm.group_baseline and config.online.completions_per_problem < 2:
         raise ValueError(
-            f"config.online.completions_per_problem is {config.online.completions_per_problem}, and algorithm '{algorithm.name}' compares a "
-            "group's completions with each other: set it to 2 or more"
+            f"config.online.completions_per_problem is {config.online.completions_per_problem}, and algorithm '{algorithm.name}' "
+            "compares a group's completions with each other: set it to 2 or more"
+        )
+    if config.online.steps and "reward" not in algorithm.needs:
+        raise ValueError(
+            f"config.algorithm.name is '{algorithm.name}', which learns from no reward: name one that does, such as 'grpo'"
+        )
+    if config.online.updates_per_step > 1 and "old" not in algorithm.needs:
+        raise ValueError(
+            f"config.online makes {config.online.updates_per_step} updates a step, and algorithm '{algorithm.name}' holds for "
+            "rows of the newest policy only: set epochs to 1 and problems_per_update to problems_per_step"
         )
     source = huggingface.resolve(config.model.path) if config.model.path else None
     architecture = huggingface.read_architecture(source) if source else config.model.architecture
@@ -85,28 +102,47 @@ def build(config: Config, workdir: Path, *, devices: list[jax.Device] | None = N
     model_config.check_numerics(config.model.numerics)
     configs.check_context(config, architecture)
     task = configs.make(tasks, config.task, key="task", returns="Task")
+    supervised.check_phases(config.supervised, task)
     folder = source
     if folder is None:
         if not task.words:
             raise ValueError(
-                f"config.model.path is empty, and task '{task.name}' brings no vocabulary of its own: give a checkpoint's folder with "
-                "--config.model.path=..."
+                f"config.model.path is empty, and task '{task.name}' brings no vocabulary of its own: give a checkpoint's "
+                "folder with --config.model.path=..."
             )
         folder = workdir / "tokenizer"
-        if not (folder / "tokenizer.json").exists() and jax.process_index() == 0:
-            save_word_tokenizer(task.words, folder)
+        if not folder.exists() and jax.process_index() == 0:
+            partial = workdir / PARTIAL_TOKENIZER
+            shutil.rmtree(partial, ignore_errors=True)
+            save_word_tokenizer(task.words, partial)
+            partial.rename(folder)  # there in full or, after a kill, not at all
         _barrier("tokenizer")
     tokenizer = load_tokenizer(folder)
     tokens = len(tokenizer.hf)
     if tokens > architecture.vocab_size:
+        remedy = f"give a checkpoint whose tokenizer fits it, {source} does not" if source else f"raise it to {tokens} or more"
         raise ValueError(
-            f"the model's vocabulary holds {architecture.vocab_size} tokens and the tokenizer has {tokens}: raise config.model.architecture.vocab_size"
+            f"config.model.architecture.vocab_size is {architecture.vocab_size}, and the tokenizer has {tokens} tokens: {remedy}"
         )
     model = decoder.make_decoder(architecture, config.model.numerics, mesh)
     spec.check_divisible(model.specs, mesh)
     vocabulary = tokenizer.vocabulary(architecture.vocab_size)
     scoring = make_scoring(config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids)
-    return Experiment(config, mesh, task, tokenizer, architecture, model, algorithm, scoring, source)
+    heldout = [task.heldout[i] for i in _fitting(task, task.heldout, tokenizer, config.sampling.max_prompt_tokens)]
+    if not heldout:
+        raise ValueError(
+            f"config.sampling.max_prompt_tokens is {config.sampling.max_prompt_tokens}, and every held-out prompt of task "
+            f"'{task.name}' is longer: raise it"
+        )
+    left_out = len(task.heldout) - len(heldout)
+    task = dataclasses.replace(task, heldout=heldout)
+    return Experiment(config, mesh, task, tokenizer, architecture, model, algorithm, scoring, source, left_out)
+
+
+def _fitting(task: Task, problems: Sequence[Problem], tokenizer: Tokenizer, limit: int) -> list[int]:
+    """The indices of those problems whose prompts have at most `limit` tokens."""
+    rows = tokenizer.encode_prompts([task.messages(problem) for problem in problems])
+    return [index for index, row in enumerate(rows) if len(row) <= limit]
 
 
 def initial_params(experiment: Experiment) -> Any:
@@ -137,9 +173,8 @@ def training_stream(experiment: Experiment) -> tuple[Stream, int]:
     e = experiment
     if e.task.train_size is None:
         return problem_stream(e.task.train, numbers=None, seed=e.config.seed), 0
-    conversations = [e.task.messages(e.task.train(number)) for number in range(e.task.train_size)]
-    limit = e.config.sampling.max_prompt_tokens
-    fitting = [number for number, row in enumerate(e.tokenizer.encode_prompts(conversations)) if len(row) <= limit]
+    problems = [e.task.train(number) for number in range(e.task.train_size)]
+    fitting = _fitting(e.task, problems, e.tokenizer, e.config.sampling.max_prompt_tokens)
     return problem_stream(e.task.train, numbers=fitting, seed=e.config.seed), e.task.train_size - len(fitting)
 
 
@@ -149,7 +184,7 @@ def train(
     *,
     progress: Progress,
     stop: Callable[[], bool],
-    devices: list[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Result:
     """Trains to the end, or until `stop()`; a run folder that holds a part of this run is continued from there.
 
@@ -166,13 +201,18 @@ def train(
     log = RunLog(workdir)
     log.write_json("config.json", configs.to_dict(config))
     evaluate = evaluator(e)
+    stream, left_out = training_stream(e)
     progress.message(describe(e))
+    for kind, count in (("training", left_out), ("held-out", e.left_out)):
+        if count:
+            limit = config.sampling.max_prompt_tokens
+            progress.message(f"{count} {kind} problems are left out: their prompts are longer than max_prompt_tokens = {limit}")
 
     # ---- supervised phases
     params = initial_params(e)
     if config.supervised.steps:
         outcome = _supervised(e, params, workdir, evaluate=evaluate, log=log, progress=progress, stop=stop)
-        if not outcome.finished:
+        if not outcome.finished or stop():
             return Result(False, {}, {})
         params = outcome.state.params
 
@@ -180,22 +220,26 @@ def train(
     examples = _read_json(workdir / "examples.json")
     if "before" not in examples:
         metrics, rows = evaluate(params)
-        log.metrics(online.STAGE, 0, metrics)
+        check_finite(online.STAGE, 0, metrics)
+        log.evaluation(online.STAGE, 0, metrics)
         examples = {"before": rows[:EXAMPLES]}
         log.write_json("examples.json", examples)
         progress.message(f"before reinforcement: {headline(metrics)}")
 
     # ---- reinforcement
     if config.online.steps:
-        outcome = _online(e, params, workdir, evaluate=evaluate, log=log, progress=progress, stop=stop)
+        if stop():
+            return Result(False, {}, examples)
+        outcome = _online(e, params, workdir, stream=stream, evaluate=evaluate, log=log, progress=progress, stop=stop)
         if not outcome.finished:
             return Result(False, {}, examples)
         params = outcome.state.params
 
     # ---- after
     metrics, rows = evaluate(params)
+    check_finite(online.STAGE, config.online.steps, metrics)
     before = _logged(workdir, online.STAGE, 0)
-    log.metrics(online.STAGE, config.online.steps, metrics)
+    log.evaluation(online.STAGE, config.online.steps, metrics)
     examples = {**examples, "after": rows[:EXAMPLES]}
     log.write_json("examples.json", examples)
     huggingface.export(params, e.architecture, e.tokenizer, workdir / "policy", source=e.source)
@@ -226,28 +270,25 @@ def _supervised(
     config = e.config.supervised
     optimizer = make_optimizer(config.optimizer, steps=config.steps)
     batches = supervised.make_batches(config, task=e.task, tokenizer=e.tokenizer, sampling=e.config.sampling)
-    checkpointer = Checkpointer(workdir / "checkpoints" / supervised.STAGE, keep=e.config.checkpoint.keep)
-    state, start = _restore(e, checkpointer, optimizer, supervised.STAGE, params=params, log=log, progress=progress)
-    if start == config.steps:
-        checkpointer.close()
-        return supervised.Outcome(state, finished=True)
-    outcome = supervised.fit(
-        state,
-        model=e.model,
-        optimizer=optimizer,
-        mesh=e.mesh,
-        config=config,
-        batches=batches,
-        evaluate=evaluate,
-        start=start,
-        checkpointer=checkpointer,
-        saving=e.config.checkpoint,
-        log=log,
-        progress=progress,
-        stop=stop,
-    )
-    checkpointer.close()
-    return outcome
+    with _checkpointer(e, workdir, supervised.STAGE) as checkpointer:
+        state, start = _restore(e, checkpointer, optimizer, supervised.STAGE, params=params, log=log, progress=progress)
+        if start == config.steps:
+            return supervised.Outcome(state, finished=True)
+        return supervised.fit(
+            state,
+            model=e.model,
+            optimizer=optimizer,
+            mesh=e.mesh,
+            config=config,
+            batches=batches,
+            evaluate=evaluate,
+            start=start,
+            checkpointer=checkpointer,
+            saving=e.config.checkpoint,
+            log=log,
+            progress=progress,
+            stop=stop,
+        )
 
 
 def _online(
@@ -255,6 +296,7 @@ def _online(
     params: Any,
     workdir: Path,
     *,
+    stream: Stream,
     evaluate: Evaluate,
     log: RunLog,
     progress: Progress,
@@ -262,11 +304,6 @@ def _online(
 ) -> supervised.Outcome:
     config = e.config.online
     optimizer = make_optimizer(config.optimizer, steps=config.steps * config.updates_per_step)
-    stream, left_out = training_stream(e)
-    if left_out:
-        progress.message(
-            f"{left_out} training problems left out: their prompts exceed {e.config.sampling.max_prompt_tokens} tokens"
-        )
     step_fn = online.make_step(
         e.model,
         e.algorithm,
@@ -279,30 +316,42 @@ def _online(
         pad_id=e.tokenizer.pad_id,
         seed=e.config.seed,
     )
-    checkpointer = Checkpointer(workdir / "checkpoints" / online.STAGE, keep=e.config.checkpoint.keep)
-    state, start = _restore(e, checkpointer, optimizer, online.STAGE, params=params, log=log, progress=progress)
-    outcome = online.reinforce(
-        state,
-        reference=params if "reference" in e.algorithm.needs else None,
-        step_fn=step_fn,
-        mesh=e.mesh,
-        config=config,
-        sampling=e.config.sampling,
-        scoring=e.scoring,
-        task=e.task,
-        tokenizer=e.tokenizer,
-        stream=stream,
-        evaluate=evaluate,
-        evaluation=e.config.evaluation,
-        start=start,
-        checkpointer=checkpointer,
-        saving=e.config.checkpoint,
-        log=log,
-        progress=progress,
-        stop=stop,
-    )
+    with _checkpointer(e, workdir, online.STAGE) as checkpointer:
+        state, start = _restore(e, checkpointer, optimizer, online.STAGE, params=params, log=log, progress=progress)
+        return online.reinforce(
+            state,
+            reference=params if "reference" in e.algorithm.needs else None,
+            step_fn=step_fn,
+            mesh=e.mesh,
+            config=config,
+            sampling=e.config.sampling,
+            scoring=e.scoring,
+            task=e.task,
+            tokenizer=e.tokenizer,
+            stream=stream,
+            evaluate=evaluate,
+            evaluation=e.config.evaluation,
+            start=start,
+            checkpointer=checkpointer,
+            saving=e.config.checkpoint,
+            log=log,
+            progress=progress,
+            stop=stop,
+        )
+
+
+@contextmanager
+def _checkpointer(e: Experiment, workdir: Path, stage: str) -> Iterator[Checkpointer]:
+    """A stage's checkpoints. Where the stage ends in an exception, a save that is under way still becomes a checkpoint."""
+    checkpointer = Checkpointer(workdir / "checkpoints" / stage, keep=e.config.checkpoint.keep)
+    try:
+        yield checkpointer
+    except BaseException as error:
+        # closing meets the other processes, and they come only where all of them fail alike
+        if jax.process_count() == 1 or isinstance(error, NonFiniteError):
+            checkpointer.close()
+        raise
     checkpointer.close()
-    return outcome
 
 
 def _restore(
@@ -328,14 +377,18 @@ def _restore(
 
 
 def open_folder(config: Config, workdir: Path) -> None:
-    """Raises ValueError where the folder holds something else than this run."""
-    if not workdir.exists():
-        return
-    if not workdir.is_dir():
+    """Makes the folder; raises ValueError where that fails, or where it holds something else than this run."""
+    if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir is '{workdir}', which is a file: give a folder")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--workdir is '{workdir}', which cannot be made ({error.strerror}): give another folder") from None
+    if not os.access(workdir, os.W_OK):
+        raise ValueError(f"--workdir is '{workdir}', which cannot be written to: give another folder")
     known = _read_json(workdir / "config.json")
     if not known:
-        others = sorted(entry.name for entry in workdir.iterdir() if entry.name != "tokenizer")
+        others = sorted(entry.name for entry in workdir.iterdir() if entry.name not in BEFORE_CONFIG)
         if others:
             raise ValueError(
                 f"--workdir is '{workdir}', which is not a run's folder and holds '{others[0]}': give an empty or a new folder"
@@ -347,16 +400,15 @@ def open_folder(config: Config, workdir: Path) -> None:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise ValueError(
-            f"'{workdir}' holds a run with config.{key} = {old!r}, and this one has {new!r}{more}: give another --workdir, or the same config to resume it"
+            f"'{workdir}' holds a run with config.{key} = {old!r}, and this one has {new!r}{more}: "
+            "give another --workdir, or the same config to resume it"
         )
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) of every leaf in which two nested dicts differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            each for key in {**a, **b} for each in differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-        ]
+        return [each for key in {**a, **b} for each in differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)]
     return [] if a == b else [(path, a, b)]
 
 
@@ -376,9 +428,7 @@ def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
         folder = workdir / "checkpoints" / stage
         if folder.is_dir():
             checkpointer = Checkpointer(folder, keep=e.config.checkpoint.keep)
-            restored = checkpointer.restore_latest(
-                states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh)
-            )
+            restored = checkpointer.restore_latest(states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh))
             checkpointer.close()
             if restored is not None:
                 return restored.state.params, f"stage '{stage}', step {restored.step}"
@@ -389,10 +439,11 @@ def read_config(workdir: Path) -> Config:
     """The config of a run's folder."""
     known = _read_json(workdir / "config.json")
     if not known:
-        raise ValueError(
-            f"'{workdir}' is not a run's folder: it holds no config.json; give the --workdir of jaxreason train"
-        )
-    return configs.from_dict(known)
+        raise ValueError(f"'{workdir}' is not a run's folder: it holds no config.json; give the --workdir of jaxreason train")
+    try:
+        return configs.from_dict(known)
+    except ValueError as error:
+        raise ValueError(f"{workdir / 'config.json'} is no run's config: {error}") from error
 
 
 def describe(e: Experiment) -> str:
@@ -401,9 +452,10 @@ def describe(e: Experiment) -> str:
     shape = " x ".join(f"{name} {size}" for name, size in e.mesh.shape.items() if size > 1) or "one device"
     rollouts = o.problems_per_step * o.completions_per_problem
     return (
-        f"{spec.count(e.model.specs):,} parameters on {shape}; supervised: {s.steps} steps x {s.demonstrations_per_step} demonstrations; "
-        f"{e.algorithm.name}: {o.steps} steps x {o.problems_per_step} problems x {o.completions_per_problem} completions = {rollouts} "
-        f"rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "
+        f"{spec.count(e.model.specs):,} parameters on {shape}; "
+        f"supervised: {s.steps} steps x {s.demonstrations_per_step} demonstrations; "
+        f"{e.algorithm.name}: {o.steps} steps x {o.problems_per_step} problems x {o.completions_per_problem} completions = "
+        f"{rollouts} rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "
         f"{'one program a step' if not e.scoring.host else 'rewards on the host'}"
     )
 
@@ -431,7 +483,10 @@ def _logged(workdir: Path, stage: str, step: int) -> dict[str, float]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): it was changed by hand or damaged") from error
 
 
 def _barrier(name: str) -> None:

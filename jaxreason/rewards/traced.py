@@ -31,9 +31,7 @@ class TracedRule(Protocol):
     ) -> Float[Array, "P G"]: ...
 
 
-def think_answer_format(
-    vocabulary: Sequence[bytes | None], eos_ids: Sequence[int], *, pattern: str | None = None
-) -> TracedRule:
+def think_answer_format(vocabulary: Sequence[bytes | None], eos_ids: Sequence[int], *, pattern: str | None = None) -> TracedRule:
     r"""1 if the text matches `pattern` in full and the completion then ended by EOS; else 0.
 
     The default pattern is DeepSeek-R1's format (arXiv:2501.12948, Table 1): one think block and then one answer block,
@@ -79,9 +77,9 @@ def integer_answer(
     An integer is decimal digits with an optional minus, white space around it allowed; its value is Horner's rule over
     the tokens, v <- v 10^k + c for a token that adds k digits, saturating: an overflow is wrong and never wraps. The
     text ends at the first EOS. EOS itself is not required: a truncated completion that closed its answer has answered,
-    and the format rule is the one that asks for an end. `prompts.answer` is 0 where the reference is no integer, so
-    keep such problems away from this rule. Raises ValueError if a tag is empty, if `close` starts as an integer could
-    go on, or if no sequence of the vocabulary's tokens spells an integer between the tags.
+    and the format rule is the one that asks for an end. `prompts.answer` is -2^31 where the reference is no
+    integer, so that no answer but that very number is right there. Raises ValueError if a tag is empty, if `close`
+    starts as an integer could go on, or if no sequence of the vocabulary's tokens spells an integer between the tags.
     """
     machine = _IntegerMachine(open.encode(), close.encode())
     eos = _checked_eos(vocabulary, eos_ids)

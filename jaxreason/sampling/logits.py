@@ -16,9 +16,7 @@ def greedy(logits: Float[Array, "N V"]) -> tuple[Int[Array, " N"], Float[Array, 
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logp
 
 
-def categorical(
-    logits: Float[Array, "N V"], uniform: Float[Array, " N"]
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+def categorical(logits: Float[Array, "N V"], uniform: Float[Array, " N"]) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """A draw from softmax(logits) by inverse CDF in two levels, and its log-probability.
 
     A block of the vocabulary is chosen by the blocks' sums, then a token within the block: two short scans instead of
@@ -37,8 +35,9 @@ def categorical(
     before = jnp.take_along_axis(jnp.pad(upto, ((0, 0), (1, 0))), block[:, None], axis=1)[:, 0]
     within = jnp.take_along_axis(e, block[:, None, None], axis=1)[:, 0]
     inside = jnp.cumsum(within, axis=-1)
-    # rounding may leave the point at or past the block's end: the last token with any probability is the one meant
-    place = jnp.minimum(point - before, jnp.nextafter(inside[:, -1], jnp.zeros_like(before)))
+    # rounding may leave the point a little outside the block: its first or last token with any probability is meant
+    zero = jnp.zeros_like(before)
+    place = jnp.clip(point - before, zero, jnp.nextafter(inside[:, -1], zero))
     position = _first_above(inside, place)
     token = block * width + position
     chosen = jnp.take_along_axis(within, position[:, None], axis=1)[:, 0]

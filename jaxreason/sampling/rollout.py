@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxreason.batch import PromptBatch
 from jaxreason.models.decoder import Model
-from jaxreason.numerics import dense
+from jaxreason.numerics import at_least_float32, dense
 from jaxreason.sampling import logits as laws
 
 
@@ -38,7 +38,7 @@ class Sampled(NamedTuple):
     truncated: Bool[Array, "P G"]  # no stop token within the budget
 
 
-def completion_keys(key: jax.Array, problem: Int[Array, " P"], *, group: int) -> jax.Array:
+def completion_keys(key: jax.Array, problem: Integer[Array, " P"], *, group: int) -> jax.Array:
     """A key for every completion, [P, G], folded from the step's key, the problem's number and the child's index."""
 
     def one(number: jax.Array, child: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ def sample(
     params = model.prepare_sampling(params)
     hidden, cache = model.prefill(params, prompts.prompt, prompts.prompt_mask, group=group, tokens=tokens)
     hidden = jnp.broadcast_to(hidden[:, None], (problems, group, hidden.shape[-1]))
-    float_type = jnp.promote_types(hidden.dtype, jnp.float32)
+    float_type = at_least_float32(hidden.dtype)
     rows = problems * group
     if key is None:
         uniforms = jnp.zeros((tokens, rows), jnp.float32)

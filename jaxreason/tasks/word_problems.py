@@ -21,7 +21,7 @@ THINGS = ("pens", "coins", "cards", "books", "shells", "stamps")
 VERBS = {"+": ("Gets", "Finds", "Buys"), "-": ("Loses", "Sells", "Gives")}
 TIMES = {2: "Doubles", 3: "Triples"}
 HELDOUT_SHARE = 8  # one computation in this many is held out
-LARGEST = 99
+LARGEST = 50
 
 Change = tuple[str, int]  # operator and number
 
@@ -53,16 +53,13 @@ def reasoning(start: int, changes: tuple[Change, ...]) -> str:
 def _draw(rng: random.Random, *, changes: tuple[int, int], heldout: bool) -> tuple[int, tuple[Change, ...]]:
     """A computation of the wanted side whose running totals stay between 0 and LARGEST."""
     while True:
-        start = rng.randint(2, 20)
+        start = rng.randint(2, 12)
         drawn: list[Change] = []
         for _ in range(rng.randint(*changes)):
             op = rng.choice("++--*")
             drawn.append((op, rng.choice((2, 3)) if op == "*" else rng.randint(1, 9)))
         computation = tuple(drawn)
-        if (
-            all(0 <= total <= LARGEST for total in results(start, computation))
-            and is_heldout(start, computation) == heldout
-        ):
+        if all(0 <= total <= LARGEST for total in results(start, computation)) and is_heldout(start, computation) == heldout:
             return start, computation
 
 
@@ -89,6 +86,10 @@ def word_problems(
         raise ValueError(
             f"word_problems got min_changes={min_changes} and max_changes={max_changes}: expected 1 <= min_changes <= max_changes"
         )
+    if heldout_size < 1:
+        raise ValueError(f"heldout_size is {heldout_size}: expected 1 or more")
+    if not 0 <= short_share <= 1:
+        raise ValueError(f"short_share is {short_share}: expected 0 to 1")
     span = (min_changes, max_changes)
 
     def train(number: int) -> Problem:

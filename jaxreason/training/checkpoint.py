@@ -183,11 +183,14 @@ class Checkpointer:
         return {int(match[1]) for match in matches if match}
 
     def _newest(self) -> tuple[int | None, list[tuple[int, str]], bool]:
-        """The newest whole step, the refused ones above it with the reason, and whether any save ever ended."""
+        """The newest whole step, the refused ones above it with the reason, and whether any save ever ended.
+
+        A kill leaves at most one folder without its manifest: alone, it is a first save that did not end.
+        """
         refused: list[tuple[int, str]] = []
-        finished = False
-        for step in sorted(self._steps(), reverse=True):
-            finished = finished or self._folder(step).exists() or self._manifest(step).exists()
+        steps = self._steps()
+        finished = any(self._manifest(step).exists() for step in steps) or sum(self._folder(step).exists() for step in steps) > 1
+        for step in sorted(steps, reverse=True):
             reason = self._refusal(step)
             if reason is None:
                 return step, refused, True

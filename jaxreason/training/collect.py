@@ -7,6 +7,7 @@ one that updates. Which a run has follows from its rules' names, and both end in
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxreason import sharding
+from jaxreason import naming, rewards, sharding
 from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import Tokenizer
@@ -45,28 +46,28 @@ class Scoring(NamedTuple):
     shuffled: frozenset[str]
 
 
-def make_scoring(
-    parts: Mapping[str, RulePart], *, vocabulary: Sequence[bytes | None], eos_ids: Sequence[int]
-) -> Scoring:
+def rules() -> dict[str, Callable[..., Any]]:
+    """Every rule under jaxreason.rewards by the name `module.function`."""
+    found: dict[str, Callable[..., Any]] = {}
+    for info in pkgutil.iter_modules(rewards.__path__):
+        module = importlib.import_module(f"{rewards.__name__}.{info.name}")
+        for noun in ("Reward", "TracedRule"):
+            found |= {f"{info.name}.{name}": function for name, function in naming.returning(module, noun).items()}
+    return found
+
+
+def make_scoring(parts: Mapping[str, RulePart], *, vocabulary: Sequence[bytes | None], eos_ids: Sequence[int]) -> Scoring:
     """Resolves the rules' names; a ValueError names the part whose rule does not exist or does not take its kwargs."""
     traced: dict[str, TracedRule] = {}
     host: dict[str, RewardFn] = {}
+    known = rules()
     for name, part in parts.items():
-        module_name, _, function_name = part.rule.rpartition(".")
-        try:
-            function = getattr(importlib.import_module(f"jaxreason.rewards.{module_name}"), function_name)
-        except (ImportError, AttributeError, ValueError):
-            raise ValueError(
-                f"reward.{name}.rule is '{part.rule}': expected 'module.function' under jaxreason.rewards, for example "
-                "'traced.integer_answer' or 'math.gsm8k_answer'"
-            ) from None
-        try:
-            if module_name == "traced":
-                traced[name] = function(vocabulary, eos_ids, **part.kwargs)
-            else:
-                host[name] = partial(function, **part.kwargs)
-        except TypeError as error:
-            raise ValueError(f"reward.{name}.kwargs do not fit the rule '{part.rule}': {error}") from None
+        function = naming.find(part.rule, known, key=f"reward.{name}.rule")
+        key = f"reward.{name}.kwargs"
+        if part.rule.startswith("traced."):
+            traced[name] = naming.call(function, vocabulary, eos_ids, kwargs=part.kwargs, key=key)
+        else:
+            host[name] = partial(function, **naming.arguments(function, part.kwargs, key=key))
     return Scoring(
         traced,
         host,
@@ -107,9 +108,7 @@ def total_reward(scoring: Scoring, parts: Parts, key: jax.Array) -> jax.Array:
     counted = dict(parts)
     for number, name in enumerate(sorted(scoring.shuffled)):
         values = parts[name]
-        counted[name] = jax.random.permutation(jax.random.fold_in(key, number), values.reshape(-1)).reshape(
-            values.shape
-        )
+        counted[name] = jax.random.permutation(jax.random.fold_in(key, number), values.reshape(-1)).reshape(values.shape)
     return weighted_total(counted, scoring.weights)
 
 
@@ -125,12 +124,12 @@ def rollout_batch(prompts: PromptBatch, sampled: Sampled, reward: jax.Array) -> 
     )
 
 
-def completions(sampled: Sampled, tokenizer: Tokenizer) -> list[list[Completion]]:
+def completions(sampled: Sampled | Shown, tokenizer: Tokenizer) -> list[list[Completion]]:
     """Sampled tokens (on the host) as text, [P][G]."""
     return [
         [
             Completion(
-                text=tokenizer.decode(tokens[mask]),
+                text=tokenizer.decode(tokens[mask].tolist()),
                 tokens=tokens[mask].tolist(),
                 stop=StopReason.LENGTH if truncated else StopReason.EOS,
             )
@@ -140,9 +139,7 @@ def completions(sampled: Sampled, tokenizer: Tokenizer) -> list[list[Completion]
     ]
 
 
-def score_on_host(
-    scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]]
-) -> dict[str, np.ndarray]:
+def score_on_host(scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]]) -> dict[str, np.ndarray]:
     """The host parts of the reward, [P, G] each."""
 
     def part(rule: RewardFn) -> np.ndarray:
@@ -165,9 +162,8 @@ class Shown(NamedTuple):
 
 def rows_of(shown: Shown, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Shown rollouts as records for `rollouts.jsonl`."""
-    sampled = Sampled(shown.completion, shown.mask, None, shown.truncated)  # pyright: ignore[reportArgumentType]
     rows = []
-    for p, group in enumerate(completions(sampled, tokenizer)):
+    for p, group in enumerate(completions(shown, tokenizer)):
         for g, completion in enumerate(group):
             parts = {name: float(values[p, g]) for name, values in shown.parts.items()}
             reward = Reward(float(shown.reward[p, g]), parts)

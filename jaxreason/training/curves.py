@@ -151,17 +151,13 @@ def write_pngs(curves: Sequence[Curve], folder: Path) -> str | None:
             marker = "o" if len(series.step) <= 40 else None
             label = series.label.replace("$", r"\$")
             if series.mean is None:
-                axes.plot(
-                    series.step, series.value, color=colour, marker=marker, markersize=3, linewidth=1.6, label=label
-                )
+                axes.plot(series.step, series.value, color=colour, marker=marker, markersize=3, linewidth=1.6, label=label)
             else:
                 axes.plot(series.step, series.value, color=colour, alpha=0.25, linewidth=0.9)
                 axes.plot(series.step, series.mean, color=colour, linewidth=1.8, label=label)
         for step, stage in curve.borders:
             axes.axvline(step, color="#888888", linewidth=0.8, linestyle="--")
-            axes.annotate(
-                f" {stage}", (step, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#666666"
-            )
+            axes.annotate(f" {stage}", (step, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#666666")
         if curve.scale == "log":
             axes.set_yscale("log")
         if curve.scale == "fraction":

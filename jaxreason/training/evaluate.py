@@ -48,9 +48,7 @@ def make_evaluate(
     """evaluate(params) -> (metrics, a record of each greedy completion), over the task's held-out problems."""
     problems = task.heldout if problems is None else problems
     size = config.problems_per_batch
-    run = partial(
-        sample_and_score, model, scoring, config=sampling, group=1, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id
-    )
+    run = partial(sample_and_score, model, scoring, config=sampling, group=1, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     everywhere = sharding.named(mesh)
     greedy = jax.jit(lambda params, prompts: run(params, prompts, None), out_shardings=everywhere)
     place = placer(mesh)

@@ -1,7 +1,7 @@
 """What a run writes down as it goes: `metrics.jsonl` always, rollouts beside it; and who is told of it live.
 
-Lines are in the order of the run. Resuming from a checkpoint first cuts what was written after it, so that the files of a
-resumed run are those of an undisturbed one (seconds excepted).
+Lines are in the order of the run. Resuming a stage from a checkpoint first cuts what the stage wrote after it, so that the
+files of a resumed run are those of an undisturbed one (seconds excepted).
 """
 
 from __future__ import annotations
@@ -53,22 +53,34 @@ class RunLog:
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         self._append("metrics.jsonl", [{"stage": stage, "step": step, **values}])
 
+    def evaluation(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Writes an evaluation made outside of a stage's loop, in place of the same one where a killed run left it."""
+        if not self._writes:
+            return
+        line = {"stage": stage, "step": step, **values}
+        file = self.folder / "metrics.jsonl"
+        others = [each for each in read_jsonl(file) if (_place(each), each.keys()) != (_place(line), line.keys())]
+        self._rewrite(file, [*others, line])
+
     def rollouts(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         self._append("rollouts.jsonl", [{"stage": stage, "step": step, **row} for row in rows])
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops every line later than this step of this stage, and a half-written last one."""
+        """Drops this stage's lines later than the step, and a half-written last one. A later stage is its own to rewind."""
         if not self._writes:
             return
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             file = self.folder / name
             if file.exists():
-                kept = [line for line in read_jsonl(file) if _place(line) <= (STAGES.index(stage), step)]
-                write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+                self._rewrite(file, [line for line in read_jsonl(file) if line["stage"] != stage or line["step"] <= step])
 
     def write_json(self, name: str, content: Any) -> None:
         if self._writes:
             write_atomically(self.folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _rewrite(self, file: Path, lines: list[dict[str, Any]]) -> None:
+        # sorted: an early stage that repeats its last steps, because their checkpoint was refused, writes after a later one
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in sorted(lines, key=_place)))
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         if self._writes and lines:
@@ -81,7 +93,9 @@ def _place(line: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
+    """The objects of a JSON-lines file, none where it is absent; a last line cut short by a kill is left out."""
+    if not file.exists():
+        return []
     lines = file.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines):
@@ -89,9 +103,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number + 1 < len(lines):
-                raise ValueError(
-                    f"line {number + 1} of {file} is not JSON: the file was changed by hand or damaged"
-                ) from None
+                raise ValueError(f"line {number + 1} of {file} is not JSON: the file was changed by hand or damaged") from None
     return rows
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -116,9 +115,7 @@ def make_step(
         shown = Shown(sampled.completion, sampled.mask, sampled.truncated, reward, advantage[:, :, 0], dict(parts))
         return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
 
-    def fused(
-        state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array
-    ) -> tuple[TrainState, Metrics, Shown]:
+    def fused(state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array) -> tuple[TrainState, Metrics, Shown]:
         sampled, parts = collect(state.params, prompts, number)
         return learn(state, reference, prompts, sampled, parts, number)
 

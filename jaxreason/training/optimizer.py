@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxreason import sharding
 from jaxreason.models import spec
+from jaxreason.naming import nearest
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,27 @@ class OptimizerConfig:
 SCHEDULES = ("constant", "cosine")
 
 
+def check(config: OptimizerConfig, *, key: str) -> None:
+    """A ValueError where the schedule is unknown or a number is out of its range."""
+    c = config
+    if c.schedule not in SCHEDULES:
+        raise ValueError(f"config.{key}.schedule is '{c.schedule}', which does not exist: {nearest(c.schedule, SCHEDULES)}")
+    for name, possible, expected in (
+        ("learning_rate", c.learning_rate >= 0, "0 or more"),
+        ("warmup_steps", c.warmup_steps >= 0, "0 or more"),
+        ("final_fraction", 0 <= c.final_fraction <= 1, "0 to 1"),
+        ("b1", 0 <= c.b1 < 1, "0 or more, and less than 1"),
+        ("b2", 0 <= c.b2 < 1, "0 or more, and less than 1"),
+        ("epsilon", c.epsilon > 0, "more than 0"),
+        ("weight_decay", c.weight_decay >= 0, "0 or more"),
+        ("max_gradient_norm", c.max_gradient_norm > 0, "more than 0"),
+    ):
+        if not possible:
+            raise ValueError(f"config.{key}.{name} is {getattr(c, name)}: expected {expected}")
+
+
 def learning_rate(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """The learning rate of each update, for a stage of `steps` updates."""
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"optimizer.schedule is '{config.schedule}': expected one of {', '.join(SCHEDULES)}")
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=config.final_fraction)
@@ -48,9 +66,9 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
 
     def decayed(params: Any) -> Any:
         # biases and norms have one axis, or two with the layers'
-        names = jax.tree.leaves_with_path(params)
-        flags = [not str(path[-1].key).endswith(("norm", "bias")) for path, _ in names]  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.tree.unflatten(jax.tree.structure(params), flags)
+        return jax.tree.map_with_path(
+            lambda path, _: not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias")), params
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),

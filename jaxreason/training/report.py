@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxreason import __version__
 from jaxreason.training.curves import last_steps, read_curves, thinned, write_pngs
+from jaxreason.training.metrics import write_atomically
 
 RUN_FILES = ("config.json", "metrics.jsonl", "rollouts.jsonl", "examples.json", "summary.json")
 MAX_ROLLOUTS = 4000  # rows that the page holds
@@ -35,18 +36,14 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise ValueError(f"{str(run)!r} is not a folder; give the folder that a training run wrote")
     if not any((run / name).is_file() for name in RUN_FILES):
-        raise ValueError(
-            f"{str(run)!r} is not a run: it has none of {', '.join(RUN_FILES)}; give a training run's folder"
-        )
+        raise ValueError(f"{str(run)!r} is not a run: it has none of {', '.join(RUN_FILES)}; give a training run's folder")
 
     notices: list[str] = []
     config = _read_object(run / "config.json", notices)
     summary = _read_object(run / "summary.json", notices)
     examples = _read_object(run / "examples.json", notices)
     metrics, _ = _read_lines(run / "metrics.jsonl", notices)
-    rollouts, left_out = _read_lines(
-        run / "rollouts.jsonl", notices, max_lines=MAX_ROLLOUTS, max_characters=MAX_CHARACTERS
-    )
+    rollouts, left_out = _read_lines(run / "rollouts.jsonl", notices, max_lines=MAX_ROLLOUTS, max_characters=MAX_CHARACTERS)
     curves, without = read_curves(metrics)
     last = last_steps(metrics)
 
@@ -79,7 +76,7 @@ def write_report(run: Path) -> Path:
     page = resources.files("jaxreason.training").joinpath("report.html").read_text(encoding="utf-8")
     before, _, after = page.partition(PLACE)
     path = run / "report.html"
-    path.write_text(before + embed(data) + after, encoding="utf-8")
+    write_atomically(path, before + embed(data) + after)
     return path
 
 
@@ -182,8 +179,7 @@ def _table(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
 def _pairs(examples: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same question before and after training, side by side; the side that is not there is None."""
     pairs: list[dict[str, Any]] = [
-        {"question": e.get("question"), "answer": e.get("answer"), "before": e, "after": None}
-        for e in examples.get("before") or []
+        {"question": e.get("question"), "answer": e.get("answer"), "before": e, "after": None} for e in examples.get("before") or []
     ]
     for example in examples.get("after") or []:
         question = example.get("question")

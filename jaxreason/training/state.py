@@ -19,7 +19,7 @@ from jaxreason.training.optimizer import state_shardings
 def shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where each leaf of the state lies."""
     return TrainState(
-        step=sharding.named(mesh),  # pyright: ignore[reportArgumentType]
+        step=sharding.named(mesh),
         params=spec.shardings(model.specs, mesh),
         opt_state=state_shardings(optimizer, model.specs, mesh, dtype=model.numerics.param_dtype),
     )

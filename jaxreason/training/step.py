@@ -6,6 +6,7 @@ changes nothing but memory. A micro-batch is a set of whole groups.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,14 +80,12 @@ def make_update(
             return jax.lax.stop_gradient(over_microbatches(one, batch, count=problems // per_micro))
 
         if "reference" in algorithm.needs:
-            batch = batch.replace(logp_ref=score(reference))  # pyright: ignore[reportAttributeAccessIssue]
+            batch = dataclasses.replace(batch, logp_ref=score(reference))
         if "old" in algorithm.needs and updates > 1:
-            batch = batch.replace(logp_old=score(state.params))  # pyright: ignore[reportAttributeAccessIssue]
+            batch = dataclasses.replace(batch, logp_old=score(state.params))
 
         def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, Metrics]:
-            return _update(
-                model, algorithm, optimizer, state, part, temperature=temperature, count=per_update // per_micro
-            )
+            return _update(model, algorithm, optimizer, state, part, temperature=temperature, count=per_update // per_micro)
 
         if updates == 1:
             return one_update(state, batch)
@@ -138,9 +137,7 @@ def _update(
     def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
         rows, signals, advantage, weight, token_weight = part
         logp, entropy = token_logp(model, params, rows, temperature=temperature)
-        value, aux = policy_loss(
-            algorithm, logp, signals, advantage=advantage, weight=weight, token_weight=token_weight
-        )
+        value, aux = policy_loss(algorithm, logp, signals, advantage=advantage, weight=weight, token_weight=token_weight)
         return value, (aux, jax.lax.stop_gradient(logp), entropy)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -177,9 +174,7 @@ def _rollout_metrics(algorithm: Algorithm, batch: RolloutBatch, logp: jax.Array,
     behaviour = batch.logp_behaviour.astype(logp.dtype)
     gap = jnp.where(batch.mask, jnp.abs(logp - behaviour), jnp.zeros_like(logp))
     old = logp if batch.logp_old is None else batch.logp_old
-    ratio = jnp.where(
-        batch.mask, jnp.exp(jnp.where(batch.mask, logp - old, jnp.zeros_like(logp))), jnp.full_like(logp, jnp.nan)
-    )
+    ratio = jnp.where(batch.mask, jnp.exp(jnp.where(batch.mask, logp - old, jnp.zeros_like(logp))), jnp.full_like(logp, jnp.nan))
     # a batch without a single token has no ratio; 1 says that nothing moved
     quantiles = jnp.nan_to_num(jnp.nanquantile(ratio, jnp.asarray(RATIO_QUANTILES, logp.dtype)), nan=1.0)
     return {

@@ -17,6 +17,7 @@ from jaxreason.batch import RolloutBatch, TrainState
 from jaxreason.data.batching import demonstration_batch
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.naming import nearest
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.tasks.task import Task
 from jaxreason.training import state as states
@@ -69,17 +70,21 @@ class Saving:
     keep: int = 2  # newest checkpoints kept in each stage
 
 
+def check_phases(config: SupervisedConfig, task: Task) -> None:
+    """A ValueError where a phase wants a kind of demonstrations that the task does not offer."""
+    for name, phase in config.phases.items():
+        kind = phase.demonstrations
+        if kind not in task.demonstrations:
+            hint = nearest(kind, list(task.demonstrations)) if task.demonstrations else "remove the phase, for it offers none"
+            raise ValueError(
+                f"config.supervised.phases.{name}.demonstrations is '{kind}', which task '{task.name}' does not offer: {hint}"
+            )
+
+
 def make_batches(
     config: SupervisedConfig, *, task: Task, tokenizer: Tokenizer, sampling: SamplingConfig
 ) -> Callable[[int], RolloutBatch]:
     """batch(step), a pure function of the step: demonstrations are numbered, and no number is used twice."""
-    for name, phase in config.phases.items():
-        if phase.demonstrations not in task.demonstrations:
-            there = ", ".join(f"'{kind}'" for kind in task.demonstrations) or "none"
-            raise ValueError(
-                f"supervised.phases.{name}.demonstrations is '{phase.demonstrations}', and the kinds that task "
-                f"'{task.name}' offers are: {there}"
-            )
     kinds = [phase.demonstrations for phase in config.phases.values() for _ in range(phase.steps)]
     size = config.demonstrations_per_step
 

@@ -94,9 +94,7 @@ def test_live_display_shows_the_latest_numbers_and_keeps_the_last_evaluation() -
     assert "saved [bold]checkpoint[/bold] \\x1b[31m" in written and "stopped" in written
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: PlainProgress(io.StringIO()), lambda: LiveProgress(Console(file=io.StringIO()))]
-)
+@pytest.mark.parametrize("make", [lambda: PlainProgress(io.StringIO()), lambda: LiveProgress(Console(file=io.StringIO()))])
 def test_a_step_before_a_stage_is_refused(make: Any) -> None:
     with pytest.raises(ValueError, match="call stage"):
         make().update(1, {})
@@ -120,9 +118,7 @@ def run_in(terminal: bool, term: str = "xterm-256color") -> str:
     kept = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR")}
     environment = {**kept, "TERM": term, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
     if not terminal:
-        return subprocess.run(
-            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, check=True
-        ).stdout.decode()
+        return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, check=True).stdout.decode()
     master, slave = os.openpty()
     with subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stdout=slave, stderr=slave) as process:
         os.close(slave)
@@ -179,13 +175,8 @@ def test_side_by_side_shows_completions_as_they_were_written() -> None:
     written = "<think>\n  [bold]3[/bold] + [/x] = 7 \x1b[31m\x07\n</think>"
     reward = {"total": 1.1, "accuracy": 1.0, "format": None}
     examples = {
-        "before": [
-            {"question": f"[red]q{n}[/red]", "answer": "7", "completion": "no", "reward": {"total": 0.0}}
-            for n in range(3)
-        ],
-        "after": [
-            {"question": f"[red]q{n}[/red]", "answer": "7", "completion": written, "reward": reward} for n in (1, 0)
-        ],
+        "before": [{"question": f"[red]q{n}[/red]", "answer": "7", "completion": "no", "reward": {"total": 0.0}} for n in range(3)],
+        "after": [{"question": f"[red]q{n}[/red]", "answer": "7", "completion": written, "reward": reward} for n in (1, 0)],
     }
     text = printed(side_by_side(examples))
     assert text.count("<think>") == 2 and text.count("  [bold]3[/bold] + [/x] = 7 \\x1b[31m\\x07") == 2

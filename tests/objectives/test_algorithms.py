@@ -245,9 +245,7 @@ def test_more_padding_and_empty_rows_change_nothing(case: Case):
     for padded, width in ((wide, ((0, 0), (0, 0), (0, 3))), (tall, ((0, 2), (0, 0), (0, 0)))):
         x = np.pad(logp, width)
         np.testing.assert_allclose(loss_of(case.algorithm, jnp.asarray(x), padded)[0], expected, rtol=1e-12)
-        np.testing.assert_allclose(
-            gradient(case.algorithm, x, padded), np.pad(expected_gradient, width), rtol=1e-12, atol=1e-15
-        )
+        np.testing.assert_allclose(gradient(case.algorithm, x, padded), np.pad(expected_gradient, width), rtol=1e-12, atol=1e-15)
 
 
 def test_slices_of_whole_groups_add_up_to_the_batch(case: Case):
@@ -262,10 +260,7 @@ def test_slices_of_whole_groups_add_up_to_the_batch(case: Case):
     whole = (advantage, weight, token_weight, signals)
     value_and_grad = jax.value_and_grad(slice_loss, has_aux=True)
     (loss, aux), grad = value_and_grad(jnp.asarray(logp), whole)
-    parts = [
-        value_and_grad(*jax.tree.map(lambda x, i=i, j=j: x[i:j], (jnp.asarray(logp), whole)))
-        for i, j in ((0, 1), (1, 3))
-    ]
+    parts = [value_and_grad(*jax.tree.map(lambda x, i=i, j=j: x[i:j], (jnp.asarray(logp), whole))) for i, j in ((0, 1), (1, 3))]
     np.testing.assert_allclose(sum(part[0][0] for part in parts), loss, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), grad, rtol=1e-12, atol=1e-15)
     merged = combine_aux(jax.tree.map(lambda *x: jnp.stack(x), *[part[0][1] for part in parts]))
@@ -304,9 +299,7 @@ def test_jit_is_no_jit(case: Case):
 
 def test_float32_stays_float32_even_beside_float64(case: Case):
     logp, signals = batch()
-    (loss, aux), grad = jax.value_and_grad(partial(loss_of, case.algorithm), has_aux=True)(
-        jnp.asarray(logp, jnp.float32), signals
-    )
+    (loss, aux), grad = jax.value_and_grad(partial(loss_of, case.algorithm), has_aux=True)(jnp.asarray(logp, jnp.float32), signals)
     assert {x.dtype for x in (loss, grad, *aux.values())} == {jnp.dtype("float32")}
     np.testing.assert_allclose(loss, book_loss(case, logp, signals), rtol=1e-4)
 

@@ -57,9 +57,7 @@ def test_only_an_ended_completion_is_well_formed(stop: StopReason):
 
 TAG = "</?(?:think|answer)>"
 REFERENCE = re.compile(rf"<think>(?:(?!{TAG})[\s\S])*</think>[ \t\n\r\f\v]*<answer>(?:(?!{TAG})[\s\S])+</answer>")
-PIECES = st.sampled_from(
-    ["<think>", "</think>", "<answer>", "</answer>", "<", "think>", " ", "\n", "\u00a0", "1", "</"]
-)
+PIECES = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<", "think>", " ", "\n", "\u00a0", "1", "</"])
 
 
 @settings(max_examples=300, deadline=None)

@@ -214,8 +214,7 @@ def test_tags_of_ones_own_that_overlap_themselves_or_each_other(tags: tuple[str,
         written = write(f"{tags[0]}{number}{tags[1]}".encode(), [*vocabulary, None, None, None], rng)
         row[: len(written)] = written
     values = [
-        expected_integer(list(row), [*vocabulary, None, None], tuple(t.encode() for t in tags))
-        for row in ids.reshape(-1, 10)
+        expected_integer(list(row), [*vocabulary, None, None], tuple(t.encode() for t in tags)) for row in ids.reshape(-1, 10)
     ]
     reward = score(integer_answer(vocabulary, [], open=tags[0], close=tags[1]), ids, ids >= 0, np.full(1000, number))
     np.testing.assert_array_equal(reward.ravel(), [value == number for value in values])
@@ -289,9 +288,7 @@ def test_a_large_vocabulary_closes_over_small_tables():
     rng = random.Random(8)
     words = ["".join(rng.choices("abcdeinkrstw <>/", k=rng.randrange(1, 9))).encode() for _ in range(20000)]
     rule = think_answer_format([*BYTES, *words], [0])
-    constants = jax.make_jaxpr(rule)(
-        batch(np.zeros(1)), jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
-    ).consts
+    constants = jax.make_jaxpr(rule)(batch(np.zeros(1)), jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)).consts
     assert 0 < sum(np.size(one) for one in constants) < 2 * len(words)
     assert merge_columns(np.zeros((3, 7)))[1].shape == (3, 1)
 

@@ -34,9 +34,7 @@ def make_mesh(rows: int, columns: int) -> Mesh:
 
 def placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Matrices are sharded by `spec`, all else is replicated."""
-    return jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec())), tree
-    )
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec())), tree)
 
 
 def abstract(state: Any) -> Any:
@@ -265,9 +263,7 @@ def test_keep_must_be_positive(tmp_path: Path) -> None:
 def test_a_checkpoint_that_was_not_refused_is_never_overwritten(checkpointer: Checkpointer, saved: Path) -> None:
     lose_the_manifest(saved / "2")  # half-written, but nobody has looked at it
     for step in (1, 2):
-        with pytest.raises(
-            ValueError, match=rf"Checkpoint {step} .* already holds checkpoint 2; expected a later step"
-        ):
+        with pytest.raises(ValueError, match=rf"Checkpoint {step} .* already holds checkpoint 2; expected a later step"):
             checkpointer.save(step, make_state(step), {})
     assert (saved / "1").is_dir() and (saved / "2").is_dir()
 
@@ -291,14 +287,10 @@ def test_a_checkpoint_that_was_not_refused_is_never_overwritten(checkpointer: Ch
     ],
     ids=["shape", "dtype", "new leaf", "lost leaf"],
 )
-def test_another_tree_is_named(
-    checkpointer: Checkpointer, saved: Path, change: Callable[[Any], Any], message: str
-) -> None:
+def test_another_tree_is_named(checkpointer: Checkpointer, saved: Path, change: Callable[[Any], Any], message: str) -> None:
     state = make_state(0)
     given = state.replace(params=change(state.params))  # type: ignore[attr-defined]
-    with pytest.raises(
-        ValueError, match=r"Leaf \.params" + message + r".*checkpoint 2 in .*\(1 of \d+ leaves differ\)"
-    ):
+    with pytest.raises(ValueError, match=r"Leaf \.params" + message + r".*checkpoint 2 in .*\(1 of \d+ leaves differ\)"):
         checkpointer.restore_latest(abstract(given))
 
 

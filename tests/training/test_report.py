@@ -18,10 +18,7 @@ import pytest
 from jaxreason.training.curves import MEAN_FROM, PAGE_POINTS, Series, read_curves, running_mean, thinned
 from jaxreason.training.report import MAX_CHARACTERS, MAX_ROLLOUTS, embed, write_report
 
-NASTY = (
-    "<think>\n  3 + 4 = 7\n</think></script><script>document.title='broken'</script><!-- <b>&amp; \u2028 \ud800 思考"
-    " __DATA__"
-)
+NASTY = "<think>\n  3 + 4 = 7\n</think></script><script>document.title='broken'</script><!-- <b>&amp; \u2028 \ud800 思考 __DATA__"
 
 
 def rollout(number: int, **other: Any) -> dict[str, Any]:
@@ -331,9 +328,7 @@ def test_a_browser_shows_the_rows_that_were_asked_for(run: Path, tmp_path: Path)
     assert [cells[-2] for _, cells in page.rows] == [str(rollout(n)["length"]) for n in expected[:50]]
     everything = "".join(page.texts)
     assert f"1\u2013{min(50, len(expected))} of {len(expected)}" in everything
-    assert (
-        NASTY.replace("\ud800", "\ufffd") in everything
-    )  # the opened row: tags, line breaks and spaces as they were written
+    assert NASTY.replace("\ud800", "\ufffd") in everything  # the opened row: tags, line breaks and spaces as they were written
     assert "broken" not in page.texts and page.tags.count("script") == 2
     assert page.tags.count("svg") == 1 + 6 and "+50.0 points" in everything
     assert "This file is complete in itself." in everything  # the script's last words: nothing failed before them

@@ -1,0 +1,66 @@
+"""Functions that a config names: found by name, called with its keyword arguments, and mistakes told in one sentence.
+
+A function can be named where it is annotated to return the noun that is wanted; there is no registry to enter it in. What a
+config may set of it are its keyword-only parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+def nearest(name: str, there: Sequence[str]) -> str:
+    """What to tell someone who wrote `name`, where `there` is what exists."""
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(there)}" if there else "there are none"
+
+
+def returning(module: ModuleType, noun: str) -> dict[str, Callable[..., Any]]:
+    """The public functions of a module that are annotated to return `noun`."""
+    found = inspect.getmembers(module, inspect.isfunction)
+    return {name: f for name, f in found if not name.startswith("_") and inspect.signature(f).return_annotation == noun}
+
+
+def find(name: str, functions: Mapping[str, Callable[..., Any]], *, key: str) -> Callable[..., Any]:
+    """functions[name]; a ValueError says what `key` could be instead."""
+    if name not in functions:
+        raise ValueError(f"config.{key} is '{name}', which does not exist: {nearest(name, list(functions))}")
+    return functions[name]
+
+
+def arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], *, key: str, **offered: Any) -> dict[str, Any]:
+    """The keyword arguments of a call: `kwargs`, and what is offered where the function takes it and they do not say.
+
+    A ValueError names an argument under `key` that the function does not take, lacks, or takes in another type.
+    """
+    takes = {n: p for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    hints = typing.get_type_hints(function)
+    given = {name: value for name, value in offered.items() if name in takes} | dict(kwargs)
+    for name, value in kwargs.items():
+        if name not in takes:
+            raise ValueError(f"config.{key} has no key '{name}': {nearest(name, list(takes))}")
+        kind = hints.get(name)
+        if kind is float and type(value) is int:
+            given[name] = float(value)
+        elif kind in KINDS and type(value) is not kind:
+            raise ValueError(f"config.{key}.{name} is {value!r}: expected {KINDS[kind]}")
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise ValueError(f"config.{key} has no '{name}', which {function.__name__} needs: set --config.{key}.{name}=...")
+    return given
+
+
+def call(function: Callable[..., Any], *args: Any, kwargs: Mapping[str, Any], key: str, **offered: Any) -> Any:
+    """function(*args, **kwargs); a ValueError, the function's own among them, names `key`."""
+    given = arguments(function, kwargs, key=key, **offered)
+    try:
+        return function(*args, **given)
+    except ValueError as error:
+        raise ValueError(f"config.{key}: {error}") from error

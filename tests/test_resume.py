@@ -1,0 +1,408 @@
+"""What must not be lost: a run that was stopped, killed or damaged ends as the undisturbed one, bit for bit.
+
+The first half runs the pipeline in this process and stops it at chosen moments; the second half kills real processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxreason import config as configs
+from jaxreason.pipelines import run as runs
+from jaxreason.training.metrics import read_jsonl
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = Path(__file__).with_name("short_run.py")
+SEVERAL_UPDATES = (
+    "--config.supervised.phases.base.steps=0",
+    "--config.supervised.phases.cold_start.steps=0",
+    "--config.online.problems_per_update=2",
+    "--config.online.problems_per_microbatch=2",
+    "--config.online.epochs=2",
+    "--config.checkpoint.every_steps=3",
+)
+
+
+class Recorder:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.begun: list[tuple[str, int]] = []
+
+    def stage(self, name: str, total_steps: int, done_steps: int) -> None:
+        self.begun.append((name, done_steps))
+
+    def update(self, step: int, metrics: Any) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled programs are kept in a folder: each run would compile the same three anew."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "xla-8"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def train(config: configs.Config, workdir: Path, *, checks: int | None = None) -> tuple[runs.Result, Recorder]:
+    """Trains on one device until the run has asked `checks` times whether to stop."""
+    asked, progress = 0, Recorder()
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return checks is not None and asked >= checks
+
+    return runs.train(config, workdir, progress=progress, stop=stop, devices=jax.devices()[:1]), progress
+
+
+def logged(workdir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without its clocks."""
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))} for line in lines]
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, dict[str, bytes]]:
+    """The newest checkpoint's step and every array of it, read by orbax alone."""
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    reader, item = ocp.PyTreeCheckpointer(), folder / str(step) / "state"
+    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(item).item_metadata.tree))
+    tree = reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=wanted))
+    return step, {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+    """Everything that a run leaves behind is the same, but for seconds."""
+    assert logged(workdir) == logged(undisturbed)
+    for name in ("rollouts.jsonl", "examples.json", "config.json"):
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (workdir, undisturbed))
+    assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+    assert ours["before"] and ours["after"]
+    names = sorted(path.name for path in (undisturbed / "policy").iterdir())
+    assert sorted(path.name for path in (workdir / "policy").iterdir()) == names
+    for name in names:
+        assert (workdir / "policy" / name).read_bytes() == (undisturbed / "policy" / name).read_bytes(), name
+    for stage in (undisturbed / "checkpoints").iterdir():
+        assert newest_checkpoint(workdir / "checkpoints" / stage.name) == newest_checkpoint(stage), stage.name
+    left = [path.name for path in workdir.iterdir() if path.name.startswith(".") or path.name.endswith(".tmp")]
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def short() -> configs.Config:
+    return configs.load(str(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(short: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    result, _ = train(short, workdir)
+    assert result.finished
+    moved = [line["optimizer/gradient_norm"] for line in logged(workdir) if "optimizer/gradient_norm" in line]
+    assert len(moved) == 4 + 6 and min(moved) > 1e-4  # else this file would prove nothing
+    return workdir
+
+
+def test_a_run_stopped_again_and_again_is_the_undisturbed_one(short: configs.Config, undisturbed: Path, tmp_path: Path) -> None:
+    """Stopped in each phase, at the phases' boundary, after the last supervised step, before and in reinforcement."""
+    stops = [  # (checks until the stop, the newest checkpoint of each stage afterwards)
+        (3, {"supervised": 3}),  # 6 = 3 + ...
+        (1, {"supervised": 4}),  # the first phase's end, after its evaluation
+        (2, {"supervised": 6}),  # the stage's end
+        (2, {"supervised": 6}),  # held-out completions before reinforcement are written, and no step is done
+        (2 + 3, {"supervised": 6, "reinforce": 3}),  # ... 6 = 3 + 3
+        (2 + 1, {"supervised": 6, "reinforce": 4}),
+    ]
+    for checks, reached in stops:
+        result, _ = train(short, tmp_path, checks=checks)
+        assert not result.finished and not (tmp_path / "summary.json").exists()
+        for stage, step in reached.items():
+            assert newest_checkpoint(tmp_path / "checkpoints" / stage)[0] == step
+        assert reached.keys() == {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    result, progress = train(short, tmp_path)
+    assert result.finished and progress.begun == [("reinforce", 4)]
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_several_updates_a_step_without_a_supervised_stage(tmp_path: Path) -> None:
+    config = configs.load(str(CONFIG), SEVERAL_UPDATES)
+    assert config.online.updates_per_step == 4
+    assert train(config, tmp_path / "undisturbed")[0].finished
+
+    # killed in the first line that it wrote
+    stopped = tmp_path / "stopped"
+    assert not train(config, stopped, checks=1)[0].finished
+    shutil.rmtree(stopped / "checkpoints", ignore_errors=True)
+    (stopped / "examples.json").unlink(missing_ok=True)
+    (stopped / "metrics.jsonl").write_text('{"stage": "reinforce", "st')
+
+    assert not train(config, stopped, checks=2 + 3)[0].finished
+    assert newest_checkpoint(stopped / "checkpoints" / "reinforce")[0] == 3
+    assert train(config, stopped)[0].finished
+    assert_same_run(stopped, tmp_path / "undisturbed")
+
+
+def damage(checkpoint: Path, *, how: str) -> None:
+    """Damages a checkpoint's largest file, or leaves it without what is written last."""
+    file = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        checkpoint.with_name(f"{checkpoint.name}.manifest.json").unlink()
+
+
+def cut_after(file: Path, stage: str, step: int) -> None:
+    """Leaves the lines up to this step, and half of the next."""
+    order = ["supervised", "reinforce"]
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if (order.index(json.loads(line)["stage"]), json.loads(line)["step"]) <= (order.index(stage), step)]
+    file.write_text("".join(kept) + lines[len(kept)][:40])
+
+
+def killed_while_ending(workdir: Path) -> None:
+    """Its last evaluation is written, the old export is aside and the new one half done."""
+    (workdir / "summary.json").unlink()
+    (workdir / "policy").rename(workdir / ".policy.old")
+    (workdir / ".policy.partial").mkdir()
+    (workdir / ".policy.partial" / "model.safetensors").write_bytes(b"half")
+    (workdir / "summary.json.tmp").write_text('{"phas')
+
+
+def killed_before_the_last_evaluation_was_kept(workdir: Path) -> None:
+    killed_while_ending(workdir)
+    examples = json.loads((workdir / "examples.json").read_text())
+    (workdir / "examples.json").write_text(json.dumps({"before": examples["before"]}))
+    with open(workdir / "rollouts.jsonl", "a") as file:
+        file.write('{"stage": "reinfor')
+
+
+def killed_before_the_first_evaluation_was_kept(workdir: Path) -> None:
+    for name in ("summary.json", "examples.json"):
+        (workdir / name).unlink()
+    shutil.rmtree(workdir / "checkpoints" / "reinforce")
+    (workdir / "rollouts.jsonl").unlink()
+    cut_after(workdir / "metrics.jsonl", "reinforce", 0)
+
+
+def killed_in_the_first_save_of_each_stage(workdir: Path) -> None:
+    """What orbax wrote is complete, and nothing vouches for it."""
+    killed_before_the_first_evaluation_was_kept(workdir)
+    for old in (workdir / "checkpoints" / "supervised").glob("4*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    damage(workdir / "checkpoints" / "supervised" / "6", how="half-written")
+    cut_after(workdir / "metrics.jsonl", "supervised", 4)
+
+
+def newest_of_both_stages_damaged(workdir: Path) -> None:
+    (workdir / "summary.json").unlink()
+    damage(workdir / "checkpoints" / "supervised" / "6", how="truncated")
+    damage(workdir / "checkpoints" / "reinforce" / "6", how="flipped")
+
+
+WOUNDS: list[tuple[Callable[[Path], None], list[tuple[str, int]], list[str]]] = [
+    (killed_while_ending, [("reinforce", 6)], []),
+    (killed_before_the_last_evaluation_was_kept, [("reinforce", 6)], []),
+    (killed_before_the_first_evaluation_was_kept, [("reinforce", 0)], []),
+    (killed_in_the_first_save_of_each_stage, [("supervised", 0), ("reinforce", 0)], []),
+    (
+        newest_of_both_stages_damaged,
+        [("supervised", 4), ("reinforce", 4)],
+        ["resuming stage 'supervised' from step 4", "resuming stage 'reinforce' from step 4"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("wound", "begun", "said"), WOUNDS, ids=[wound.__name__ for wound, _, _ in WOUNDS])
+def test_what_a_kill_leaves_behind_is_taken_up(
+    short: configs.Config,
+    undisturbed: Path,
+    tmp_path: Path,
+    wound: Callable[[Path], None],
+    begun: list[tuple[str, int]],
+    said: list[str],
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    wound(workdir)
+    result, progress = train(short, workdir)
+    assert result.finished and progress.begun == begun
+    assert [text for text in progress.messages if text.startswith("resuming")][-len(said) :] == said or not said
+    assert len([text for text in progress.messages if " was refused: " in text]) == len(said)
+    assert_same_run(workdir, undisturbed)
+
+
+def test_what_a_run_that_was_killed_at_once_leaves_is_no_obstacle(short: configs.Config, tmp_path: Path) -> None:
+    """The tokenizer half made and the config half written: the folder is still this run's."""
+    (tmp_path / ".tokenizer.partial").mkdir()
+    (tmp_path / ".tokenizer.partial" / "tokenizer.json").write_text("{")
+    (tmp_path / "config.json.tmp").write_text('{"seed')
+    runs.open_folder(short, tmp_path)
+    experiment = runs.build(short, tmp_path, devices=jax.devices()[:1])
+    assert experiment.tokenizer.eos_ids and not (tmp_path / ".tokenizer.partial").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- real processes
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One device, and one folder of compiled programs for all processes."""
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return inherited | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "xla-1"),
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "120",
+    }
+
+
+LONGER = ("--config.supervised.phases.base.steps=8", "--config.online.steps=20", "--config.checkpoint.every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def start(environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
+    def start(workdir: Path, *options: str) -> subprocess.Popen[str]:
+        words = ["train", "--config", str(CONFIG), "--workdir", str(workdir), *(options or LONGER)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxreason", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed_process(start: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The finished run, and the seconds of such a run between its first and its last line, once its programs are compiled."""
+    workdir = tmp_path_factory.mktemp("undisturbed_process")
+    process = start(workdir / "compiling")
+    assert process.wait() == 0, process.stdout.read()
+    process.stdout.close()
+    with start(workdir / "run") as process:
+        process.stdout.readline()
+        begun = time.monotonic()
+        said = process.stdout.read()
+        seconds = time.monotonic() - begun
+    assert process.returncode == 0, said
+    assert_same_run(workdir / "compiling", workdir / "run")  # two runs are one: else nothing below means anything
+    return workdir / "run", seconds
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(5, 1, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(start: Any, undisturbed_process: Any, tmp_path: Path, kills: int, seed: int) -> None:
+    expected, seconds = undisturbed_process
+    moments = np.random.default_rng(seed)
+    story, killed = f"seed {seed}:", 0
+    while True:
+        with start(tmp_path / "run") as process:
+            first = process.stdout.readline()
+            if killed < kills:
+                moment = moments.uniform(0, 0.7 * seconds)
+                time.sleep(moment)
+                process.send_signal(signal.SIGKILL)
+            said = first + process.stdout.read()
+        if process.returncode != -signal.SIGKILL:
+            break
+        killed += 1
+        story += f"\nkilled {moment:.3f} s after its first line, having said:\n{said}"
+    assert process.returncode == 0, f"{story}\nthen ended with {process.returncode}:\n{said}"
+    assert killed == kills, story
+    try:
+        assert_same_run(tmp_path / "run", expected)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{story}") from None
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("how", ["truncated", pytest.param("flipped", marks=pytest.mark.slow), "half-written"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    start: Any, undisturbed_process: Any, tmp_path: Path, how: str
+) -> None:
+    expected, _ = undisturbed_process
+    workdir = tmp_path / "run"
+    shutil.copytree(expected, workdir)  # as interrupted right after the last step
+    (workdir / "summary.json").unlink()
+    damage(workdir / "checkpoints" / "reinforce" / "20", how=how)
+    with start(workdir) as process:
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    reason = {"truncated": "its manifest says", "flipped": "was altered", "half-written": "it is half-written"}[how]
+    (sentence,) = [line for line in said.splitlines() if line.startswith("Checkpoint 20 was refused: ")]
+    assert reason in sentence
+    assert "resuming stage 'reinforce' from step 19" in said
+    assert_same_run(workdir, expected)
+
+
+def test_a_finished_run_says_so_and_does_not_train_again(start: Any, undisturbed_process: Any, tmp_path: Path) -> None:
+    """Also where it was killed while it wrote its report, which comes last."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed_process[0], workdir)
+    (workdir / "report.html").unlink()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file() and "curves" not in path.parts}
+    with start(workdir) as process:
+        said = process.stdout.read()
+    assert process.returncode == 0 and "This run has ended" in said, said
+    assert (workdir / "report.html").stat().st_size > 10_000
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert_same_run(workdir, undisturbed_process[0])
+
+
+def test_a_workdir_that_cannot_be_used_is_a_sentence(short: configs.Config, undisturbed: Path, tmp_path: Path) -> None:
+    changed = configs.from_dict(configs.to_dict(short) | {"seed": 7})
+    with pytest.raises(ValueError, match=r"holds a run with config\.seed = 0, and this one has 7: give another --workdir"):
+        runs.open_folder(changed, undisturbed)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"not a run's folder and holds 'notes\.txt'"):
+        runs.open_folder(short, tmp_path)
+    with pytest.raises(ValueError, match="which is a file: give a folder"):
+        runs.open_folder(short, tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="which cannot be made"):
+        runs.open_folder(short, tmp_path / "notes.txt" / "run")
+
+
+def test_a_mistake_in_the_workdir_ends_the_command_with_2(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with start(tmp_path / "notes.txt" / "run") as process:
+        said = process.stdout.read()
+    assert process.returncode == 2 and "Traceback" not in said and len(said.splitlines()) == 1, said
+    assert said.startswith("jaxreason: --workdir is '")

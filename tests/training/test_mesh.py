@@ -1,0 +1,283 @@
+"""A run is the same on every mesh: in float64 to 1e-9, in float32 loosely; and weights really lie in parts.
+
+Runs in float64 are processes of their own, because orbax's threads do not see a local `jax.enable_x64`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxreason import objectives, sharding
+from jaxreason.batch import PromptBatch, RolloutBatch
+from jaxreason.models import decoder, spec
+from jaxreason.models.config import Architecture, Numerics
+from jaxreason.models.decoder import Model
+from jaxreason.sampling.rollout import SamplingConfig
+from jaxreason.training import online
+from jaxreason.training import state as states
+from jaxreason.training.collect import Scoring
+from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
+from jaxreason.training.step import Split, make_update
+
+ROOT = Path(__file__).parents[2]
+Shape = tuple[int, int, int]  # data, fsdp, tensor
+ONE: Shape = (1, 1, 1)
+
+# ------------------------------------------------------------------------------------------------ the quickstart, float64
+
+RUN = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jaxreason import config as configs
+from jaxreason.cli.progress import QuietProgress
+from jaxreason.pipelines import run
+from jaxreason.training import online, state
+from jaxreason.training.checkpoint import Checkpointer
+from jaxreason.training.optimizer import make_optimizer
+
+folder, devices, overrides = Path(sys.argv[1]), jax.devices()[: int(sys.argv[2])], sys.argv[3:]
+config = configs.load("quickstart:tiny", overrides)
+result = run.train(config, folder, progress=QuietProgress(), stop=lambda: False, devices=devices)
+assert result.finished
+e = run.build(config, folder, devices=devices)
+optimizer = make_optimizer(config.online.optimizer, steps=config.online.steps)
+checkpointer = Checkpointer(folder / "checkpoints" / online.STAGE)
+restored = checkpointer.restore_latest(state.abstract(e.model, optimizer, e.mesh))
+checkpointer.close()
+np.savez(folder / "state.npz", **{jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(restored.state)})
+"""
+OVERRIDES = (
+    "model.numerics.param_dtype=float64",
+    "model.numerics.matmul_dtype=float64",
+    "reward.format.kwargs.pattern=(?:.|\\n)*",  # 1 for a completion that ended: rewards that differ, so a gradient
+    "supervised.optimizer.warmup_steps=0",
+    "online.optimizer.warmup_steps=0",
+)
+
+
+def run(folder: Path, shape: Shape) -> Path:
+    """Two supervised steps and two of reinforcement in a new process."""
+    mesh = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "XLA_FLAGS": flags,  # the last two: quicker to compile
+    }
+    options = [f"--config.{each}" for each in (*OVERRIDES, *mesh)]
+    command = [sys.executable, "-c", RUN, folder, str(np.prod(shape)), *options]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "Involuntary full rematerialization" not in ended.stderr  # some array made whole on every device
+    return folder
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's file without its seconds."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("one"), ONE)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow), pytest.param((1, 4, 2), marks=pytest.mark.slow)]
+)
+def test_the_quickstart_is_the_same_on_every_mesh(tmp_path: Path, on_one_device: Path, shape: Shape) -> None:
+    folder = run(tmp_path, shape)
+    given, expected = np.load(folder / "state.npz"), np.load(on_one_device / "state.npz")
+    assert sorted(given) == sorted(expected)
+    for name, value in expected.items():
+        assert given[name].dtype == value.dtype and (value.dtype == np.float64 or value.ndim == 0), name
+        np.testing.assert_allclose(given[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
+    for file in ("metrics.jsonl", "rollouts.jsonl"):
+        rows, wanted = lines(folder / file), lines(on_one_device / file)
+        assert len(rows) == len(wanted)
+        for row, want in zip(rows, wanted, strict=True):
+            assert row.keys() == want.keys()
+            for name, value in want.items():
+                close = pytest.approx(value, rel=1e-9, abs=1e-9) if isinstance(value, float | dict) else value
+                assert row[name] == close, (file, name)
+    assert json.loads((folder / "examples.json").read_text()) == json.loads((on_one_device / "examples.json").read_text())
+
+
+def test_the_compared_run_had_gradients(on_one_device: Path) -> None:
+    """Equality of runs in which nothing moves would say nothing."""
+    steps = [row for row in lines(on_one_device / "metrics.jsonl") if "optimizer/gradient_norm" in row]
+    assert [(row["stage"], row["step"]) for row in steps] == [(s, n) for s in ("supervised", "reinforce") for n in (1, 2)]
+    assert min(row["optimizer/gradient_norm"] for row in steps) > 0.1
+    state = np.load(on_one_device / "state.npz")
+    assert all(np.any(state[name] != 0) for name in state if ".mu[" in name)
+    assert len({row["completion"] for row in lines(on_one_device / "rollouts.jsonl")}) > 10
+
+
+# ------------------------------------------------------------------------------------------------------- a model in hand
+
+P, G, TP, T = 8, 4, 6, 10
+ARCHITECTURE = Architecture(
+    vocab_size=36, hidden_size=16, layers=2, heads=4, kv_heads=2, head_size=12, mlp_size=40, max_positions=64, initializer_range=0.3
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
+
+
+class Made(NamedTuple):
+    mesh: Mesh
+    model: Model
+    params: Any
+
+
+def make(shape: Shape, dtype: str) -> Made:
+    mesh = sharding.make_mesh(sharding.MeshConfig(*shape), devices=jax.devices()[: int(np.prod(shape))])
+    model = decoder.make_decoder(ARCHITECTURE, Numerics(dtype, dtype), mesh)
+    return Made(mesh, model, spec.init(model.specs, jax.random.key(0), dtype=dtype, mesh=mesh))
+
+
+def prompts(mesh: Mesh) -> PromptBatch:
+    rng = np.random.default_rng(0)
+    mask = np.arange(TP)[None] >= rng.integers(0, TP - 1, (P, 1))
+    tokens = rng.integers(0, ARCHITECTURE.vocab_size, (P, TP)).astype(np.int32)
+    batch = PromptBatch(tokens, mask, np.arange(P, dtype=np.uint32), np.zeros(P, np.int32))  # pyright: ignore[reportArgumentType]
+    return sharding.place(mesh, batch, ("problems",))
+
+
+def rollouts(mesh: Mesh, dtype: str) -> RolloutBatch:
+    """Completions of uneven lengths, not sampled by the policy that learns from them."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, ARCHITECTURE.vocab_size, (P, G, T)).astype(np.int32)
+    mask = np.arange(T) < rng.integers(1, T + 1, (P, G, 1))
+    host = RolloutBatch(
+        prompt=sharding.fetch(prompts(mesh).prompt),
+        prompt_mask=sharding.fetch(prompts(mesh).prompt_mask),
+        completion=tokens,  # pyright: ignore[reportArgumentType]
+        mask=mask,  # pyright: ignore[reportArgumentType]
+        truncated=mask.all(-1),
+        logp_behaviour=np.where(mask, rng.normal(-3.5, 0.2, mask.shape), 0.0).astype(dtype),  # pyright: ignore[reportArgumentType]
+        reward=rng.integers(0, 2, (P, G)).astype(np.float32),
+    )
+    return sharding.place(mesh, host, ("problems",))
+
+
+def updated(shape: Shape, dtype: str, *, per_update: int, per_microbatch: int) -> tuple[Any, dict[str, np.ndarray]]:
+    """The state after all updates on one batch of rollouts, and the metrics."""
+    mesh, model, params = make(shape, dtype)
+    optimizer = make_optimizer(OPTIMIZER, steps=4)
+    split = Split(per_update, per_microbatch)
+    update = make_update(model, objectives.grpo(beta=0.04), optimizer, temperature=0.9, split=split)
+    reference = jax.tree.map(lambda x: x * jnp.asarray(0.9, x.dtype), params)
+    state = states.create(model, optimizer, mesh, params)
+    return sharding.fetch(jax.jit(update)(state, reference, rollouts(mesh, dtype)))
+
+
+def assert_close(given: Any, expected: Any, *, tolerance: float) -> None:
+    assert jax.tree.structure(given) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(given), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def test_microbatches_and_meshes_change_nothing() -> None:
+    """One update of 8 problems: whole on one device = in parts, on one device and on meshes; so with two updates of 4."""
+    with jax.enable_x64(True):
+        for per_update, parts in ((8, ((ONE, 2), ((2, 2, 2), 8), ((2, 2, 2), 4), ((1, 4, 2), 4))), (4, (((1, 2, 2), 2),))):
+            expected = updated(ONE, "float64", per_update=per_update, per_microbatch=per_update)
+            assert expected[0].step == 8 // per_update and expected[1]["optimizer/gradient_norm"] > 0.1
+            for shape, per_microbatch in parts:
+                given = updated(shape, "float64", per_update=per_update, per_microbatch=per_microbatch)
+                assert_close(given, expected, tolerance=1e-9)
+
+
+def even_share(prompts: PromptBatch, completion: jax.Array, mask: jax.Array) -> jax.Array:
+    """A traced reward that differs between completions: the share of even tokens."""
+    return jnp.mean((completion % 2 == 0) & mask, axis=-1, dtype=jnp.float32)
+
+
+def online_step(made: Made, optimizer: Any) -> online.OnlineStep:
+    config = online.OnlineConfig(
+        steps=2, problems_per_step=P, problems_per_update=P, problems_per_microbatch=P, completions_per_problem=G
+    )
+    return online.make_step(
+        made.model,
+        objectives.grpo(beta=0.04),
+        optimizer,
+        Scoring({"even": even_share}, {}, {"even": 1.0}, frozenset()),
+        made.mesh,
+        config=config,
+        sampling=SamplingConfig(max_prompt_tokens=TP, max_completion_tokens=T),
+        eos_ids=(0,),
+        pad_id=0,
+        seed=3,
+    )
+
+
+def parts(x: jax.Array) -> set[tuple[int, ...]]:
+    """The shapes in which an array lies on its devices."""
+    return {each.data.shape for each in x.addressable_shards}
+
+
+# by hand from the architecture on data 2 x fsdp 2 x tensor 2: embed and width over fsdp, heads, mlp and vocabulary over tensor
+SHARDS = {
+    "embed": (36 // 2, 16 // 2),
+    "final_norm": (16,),
+    "layers/q": (2, 16 // 2, 4 // 2, 12),
+    "layers/k": (2, 16 // 2, 2 // 2, 12),
+    "layers/k_bias": (2, 2 // 2, 12),
+    "layers/o": (2, 4 // 2, 12, 16 // 2),
+    "layers/gate": (2, 16 // 2, 40 // 2),
+    "layers/down": (2, 40 // 2, 16 // 2),
+    "layers/mlp_norm": (2, 16),
+}
+
+
+def test_a_step_in_float32_and_where_its_arrays_lie() -> None:
+    """A fused step on 8 devices: close to one device's, weights and moments in parts before and after it, the cache too."""
+    optimizer = make_optimizer(OPTIMIZER, steps=2)
+
+    def stepped(made: Made) -> tuple[Any, Any]:
+        step = online_step(made, optimizer)
+        assert step.fused is not None
+        state = states.create(made.model, optimizer, made.mesh, made.params)
+        number = sharding.place(made.mesh, np.asarray(0, np.int32), ())
+        return step, step.fused(state, made.params, prompts(made.mesh), number)
+
+    _, one = stepped(make(ONE, "float32"))
+    made = make((2, 2, 2), "float32")
+    step, eight = stepped(made)
+    given, expected = sharding.fetch(eight), sharding.fetch(one)
+    np.testing.assert_array_equal(given[2].completion, expected[2].completion)
+    assert expected[1]["optimizer/gradient_norm"] > 0.01
+    assert_close(given[1:], expected[1:], tolerance=1e-3)
+    # Adam's first step is the gradient's sign: where that is near 0 only the moments can be compared
+    assert_close(given[0].opt_state, expected[0].opt_state, tolerance=1e-4)
+
+    state = eight[0]
+    adam = state.opt_state[1][0]
+    for tree in (state.params, adam.mu, adam.nu, made.params):  # the last is the reference
+        leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+        assert {path: parts(leaves[path]) for path in SHARDS} == {path: {shape} for path, shape in SHARDS.items()}
+
+    sampling = step.collect.lower(made.params, prompts(made.mesh), jnp.asarray(0, jnp.int32)).compile()  # pyright: ignore
+    text = sampling.as_text()
+    a = ARCHITECTURE
+    own = (P, G, a.kv_heads, T, a.head_size)  # the cache of one layer: problems over 4 devices, heads over 2
+    assert f"f32[{P // 4},{G},{a.kv_heads // 2},{T},{a.head_size}]" in text
+    assert f"f32[{','.join(map(str, own))}]" not in text
+    sampled, rewards = step.collect(made.params, prompts(made.mesh), jnp.asarray(0, jnp.int32))
+    assert parts(sampled.completion) == {(P // 4, G, T)} and parts(rewards["even"]) == {(P // 4, G)}
