@@ -1,6 +1,6 @@
 """Times one GRPO step of the real trainer on a random model: sample, score, reference, update. Prints one JSON line.
 
-Every completion has its full length (no stop token exists), one update a step, a reference model, float32. For CPU seconds on
+`--microbatch` is the trainer's `problems_per_microbatch`: whole groups whose gradient is computed at once. Every completion has its full length (no stop token exists), one update a step, a reference model, float32. For CPU seconds on
 one thread, so that a busy machine does not matter much:
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/grpo_step.py
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {
         "hidden": 256, "layers": 4, "heads": 4, "kv-heads": 2, "mlp": 1024, "vocab": 512, "batch": 8, "group": 8,
-        "prompt-len": 32, "new-tokens": 64, "warmup": 2, "steps": 6, "seed": 0, "microbatch": 0,
+        "prompt-len": 32, "new-tokens": 64, "warmup": 2, "steps": 6, "seed": 0, "microbatch": 2,
     }.items():  # fmt: skip
         p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--beta", type=float, default=0.04)
@@ -83,7 +83,7 @@ def main() -> None:
     model = decoder.make_decoder(architecture, numerics, mesh)
     params = spec.init(model.specs, jax.random.key(a.seed), dtype=numerics.param_dtype, mesh=mesh)
     config = online.OnlineConfig(
-        steps=a.steps, problems_per_step=a.batch, problems_per_update=a.batch, problems_per_microbatch=a.microbatch or a.batch,
+        steps=a.steps, problems_per_step=a.batch, problems_per_update=a.batch, problems_per_microbatch=a.microbatch,
         completions_per_problem=a.group, optimizer=OptimizerConfig(learning_rate=1e-6),
     )  # fmt: skip
     optimizer = make_optimizer(config.optimizer, steps=a.warmup + a.steps)

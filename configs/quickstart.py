@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.online.optimizer.warmup_steps = 5
 
     # Evaluation and checkpoints
-    config.evaluation.every_steps = 5
+    config.evaluation.every_steps = 2
     config.evaluation.problems_per_batch = 256
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 100
     return schema.finish(config, arg)

@@ -10,10 +10,10 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any
 
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
 
 
 def nearest(name: str, there: Sequence[str]) -> str:
@@ -46,11 +46,11 @@ def arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], *, key: s
     for name, value in kwargs.items():
         if name not in takes:
             raise ValueError(f"config.{key} has no key '{name}': {nearest(name, list(takes))}")
-        kind = hints.get(name)
-        if kind is float and type(value) is int:
+        kinds = typing.get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+        if float in kinds and type(value) is int:
             given[name] = float(value)
-        elif kind in KINDS and type(value) is not kind:
-            raise ValueError(f"config.{key}.{name} is {value!r}: expected {KINDS[kind]}")
+        elif set(kinds) <= KINDS.keys() and type(value) not in kinds:
+            raise ValueError(f"config.{key}.{name} is {value!r}: expected {' or '.join(KINDS[kind] for kind in kinds)}")
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in given:
             raise ValueError(f"config.{key} has no '{name}', which {function.__name__} needs: set --config.{key}.{name}=...")

@@ -175,7 +175,8 @@ def evaluate(given: argparse.Namespace) -> int:
     experiment, params, source = _open(given.run)
     metrics, _ = runs.evaluator(experiment)(params)
     console = Console(soft_wrap=True)
-    console.print(f"{source}; {len(experiment.task.heldout)} held-out problems, greedy", highlight=False)
+    left_out = f" ({experiment.left_out} left out: their prompts are too long)" if experiment.left_out else ""
+    console.print(f"{source}; {len(experiment.task.heldout)} held-out problems{left_out}, greedy", highlight=False)
     for name, value in metrics.items():
         console.print(f"{name} = {value:.4f}", highlight=False)
     return DONE

@@ -1,7 +1,8 @@
 """The command line: parses arguments, turns a caller's mistake into one sentence, and chooses the exit code.
 
 Exit codes: 0 done; 2 a mistake in what was given, in one sentence; 3 a metric became NaN or infinite; 75 interrupted and
-saved, so that running the same command again goes on; 130 Ctrl-C where there was nothing to save.
+saved, so that running the same command again goes on; 130 Ctrl-C where there was nothing to save; 141
+whoever read the output has left.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jaxreason
 
-DONE, MISTAKE, NON_FINITE, INTERRUPTED, ABORTED = 0, 2, 3, 75, 130
+DONE, MISTAKE, NON_FINITE, INTERRUPTED, ABORTED, BROKEN_PIPE = 0, 2, 3, 75, 130, 141
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -112,6 +116,17 @@ def _distributed(command: argparse.ArgumentParser) -> None:
     group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
 
 
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process here: a KeyboardInterrupt in the midst of importing jaxlib crashes it."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -132,8 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        # jax is first imported here, so that --help and mistyped options answer at once
-        from jaxreason.cli import commands
+        with _ended_by_ctrl_c():
+            # jax is first imported here, so that --help and mistyped options answer at once
+            from jaxreason.cli import commands
 
         code = getattr(commands, given.command)(given)
         sys.stdout.flush()
@@ -141,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever read our output has left, as `head` does; Python would complain when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("jaxreason: interrupted", file=sys.stderr)
         return ABORTED

@@ -197,6 +197,7 @@ def train(
     """
     begun = time.perf_counter()
     open_folder(config, workdir)
+    _barrier("folder")  # all have looked before one writes
     e = build(config, workdir, devices=devices)
     log = RunLog(workdir)
     log.write_json("config.json", configs.to_dict(config))

@@ -37,7 +37,7 @@ def check_finite(stage: str, step: int, metrics: Mapping[str, float]) -> None:
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"{name} is {value} at step {step} of stage '{stage}': nothing of this step was saved, and the last good "
-                "checkpoint is untouched; lower the learning rate or look at the last rollouts before resuming"
+                "checkpoint is untouched; look at the last rollouts, or lower the learning rate in another --workdir"
             )
 
 

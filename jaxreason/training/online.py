@@ -163,7 +163,7 @@ def reinforce(
     stop: Callable[[], bool],
 ) -> Outcome:
     """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns."""
-    place, everywhere = placer(mesh), sharding.named(mesh)
+    place = placer(mesh)
     progress.stage(STAGE, config.steps, start)
 
     def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:
@@ -209,7 +209,7 @@ def reinforce(
     step, program = start, None
     while step < config.steps:
         problems, prompts = prepare_batch(step)
-        number = jax.device_put(np.asarray(step, np.int32), everywhere)
+        number = sharding.place(mesh, np.asarray(step, np.int32), ())
         if step_fn.fused is not None:
             program = program or compiled(step_fn.fused, state, reference, prompts, number)
             state, metrics, shown = program(state, reference, prompts, number)

@@ -13,6 +13,7 @@ from jaxreason import sharding
 from jaxreason.batch import TrainState
 from jaxreason.models import spec
 from jaxreason.models.decoder import Model
+from jaxreason.training.compiling import compiled
 from jaxreason.training.optimizer import state_shardings
 
 
@@ -31,7 +32,7 @@ def create(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, pa
     def make(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
 
-    return jax.jit(make, out_shardings=shardings(model, optimizer, mesh))(params)
+    return compiled(jax.jit(make, out_shardings=shardings(model, optimizer, mesh)), params)(params)
 
 
 def abstract(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

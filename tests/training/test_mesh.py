@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def test_the_quickstart_is_the_same_on_every_mesh(tmp_path: Path, on_one_device:
     assert sorted(given) == sorted(expected)
     for name, value in expected.items():
         assert given[name].dtype == value.dtype and (value.dtype == np.float64 or value.ndim == 0), name
-        np.testing.assert_allclose(given[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(given[name], value, rtol=1e-9, atol=1e-9 * np.max(np.abs(value)), err_msg=name)
     for file in ("metrics.jsonl", "rollouts.jsonl"):
         rows, wanted = lines(folder / file), lines(on_one_device / file)
         assert len(rows) == len(wanted)
@@ -134,21 +135,28 @@ def test_the_compared_run_had_gradients(on_one_device: Path) -> None:
 
 P, G, TP, T = 8, 4, 6, 10
 ARCHITECTURE = Architecture(
-    vocab_size=36, hidden_size=16, layers=2, heads=4, kv_heads=2, head_size=12, mlp_size=40, max_positions=64, initializer_range=0.3
+    vocab_size=36, hidden_size=16, layers=2, heads=4, kv_heads=2, head_size=12, mlp_size=40, max_positions=64
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 
 
 class Made(NamedTuple):
     mesh: Mesh
     model: Model
     params: Any
+    reference: Any
 
 
 def make(shape: Shape, dtype: str) -> Made:
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape), devices=jax.devices()[: int(np.prod(shape))])
     model = decoder.make_decoder(ARCHITECTURE, Numerics(dtype, dtype), mesh)
-    return Made(mesh, model, spec.init(model.specs, jax.random.key(0), dtype=dtype, mesh=mesh))
+    rng = np.random.default_rng(2)
+
+    def draw(each: spec.ParamSpec) -> jax.Array:
+        return jax.device_put(rng.normal(0.0, 0.3, each.shape).astype(dtype), sharding.named(mesh, each.axes))
+
+    return Made(mesh, model, spec.tree_map(draw, model.specs), spec.tree_map(draw, model.specs))
 
 
 def prompts(mesh: Mesh) -> PromptBatch:
@@ -176,15 +184,15 @@ def rollouts(mesh: Mesh, dtype: str) -> RolloutBatch:
     return sharding.place(mesh, host, ("problems",))
 
 
+@cache
 def updated(shape: Shape, dtype: str, *, per_update: int, per_microbatch: int) -> tuple[Any, dict[str, np.ndarray]]:
     """The state after all updates on one batch of rollouts, and the metrics."""
-    mesh, model, params = make(shape, dtype)
+    mesh, model, params, reference = make(shape, dtype)
     optimizer = make_optimizer(OPTIMIZER, steps=4)
     split = Split(per_update, per_microbatch)
     update = make_update(model, objectives.grpo(beta=0.04), optimizer, temperature=0.9, split=split)
-    reference = jax.tree.map(lambda x: x * jnp.asarray(0.9, x.dtype), params)
     state = states.create(model, optimizer, mesh, params)
-    return sharding.fetch(jax.jit(update)(state, reference, rollouts(mesh, dtype)))
+    return sharding.fetch(jax.jit(update, compiler_options=QUICK)(state, reference, rollouts(mesh, dtype)))
 
 
 def assert_close(given: Any, expected: Any, *, tolerance: float) -> None:
@@ -193,15 +201,23 @@ def assert_close(given: Any, expected: Any, *, tolerance: float) -> None:
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-def test_microbatches_and_meshes_change_nothing() -> None:
-    """One update of 8 problems: whole on one device = in parts, on one device and on meshes; so with two updates of 4."""
+@pytest.mark.parametrize(
+    ("per_update", "shape", "per_microbatch"),
+    [
+        (8, (2, 2, 2), 4),
+        pytest.param(4, (1, 2, 2), 2, marks=pytest.mark.slow),  # two updates
+        pytest.param(8, ONE, 2, marks=pytest.mark.slow),
+        pytest.param(8, (2, 2, 2), 8, marks=pytest.mark.slow),
+        pytest.param(8, (1, 4, 2), 4, marks=pytest.mark.slow),
+    ],
+)
+def test_microbatches_and_meshes_change_nothing(per_update: int, shape: Shape, per_microbatch: int) -> None:
+    """Updates from 8 problems' rollouts in micro-batches on a mesh = in one piece on one device."""
     with jax.enable_x64(True):
-        for per_update, parts in ((8, ((ONE, 2), ((2, 2, 2), 8), ((2, 2, 2), 4), ((1, 4, 2), 4))), (4, (((1, 2, 2), 2),))):
-            expected = updated(ONE, "float64", per_update=per_update, per_microbatch=per_update)
-            assert expected[0].step == 8 // per_update and expected[1]["optimizer/gradient_norm"] > 0.1
-            for shape, per_microbatch in parts:
-                given = updated(shape, "float64", per_update=per_update, per_microbatch=per_microbatch)
-                assert_close(given, expected, tolerance=1e-9)
+        expected = updated(ONE, "float64", per_update=per_update, per_microbatch=per_update)
+        given = updated(shape, "float64", per_update=per_update, per_microbatch=per_microbatch)
+    assert expected[0].step == P // per_update and expected[1]["optimizer/gradient_norm"] > 0.01
+    assert_close(given, expected, tolerance=1e-9)
 
 
 def even_share(prompts: PromptBatch, completion: jax.Array, mask: jax.Array) -> jax.Array:
@@ -254,8 +270,8 @@ def test_a_step_in_float32_and_where_its_arrays_lie() -> None:
         step = online_step(made, optimizer)
         assert step.fused is not None
         state = states.create(made.model, optimizer, made.mesh, made.params)
-        number = sharding.place(made.mesh, np.asarray(0, np.int32), ())
-        return step, step.fused(state, made.params, prompts(made.mesh), number)
+        args = (state, made.reference, prompts(made.mesh), sharding.place(made.mesh, np.asarray(0, np.int32), ()))
+        return step, step.fused.lower(*args).compile(compiler_options=QUICK)(*args)  # pyright: ignore[reportFunctionMemberAccess]
 
     _, one = stepped(make(ONE, "float32"))
     made = make((2, 2, 2), "float32")
@@ -269,15 +285,16 @@ def test_a_step_in_float32_and_where_its_arrays_lie() -> None:
 
     state = eight[0]
     adam = state.opt_state[1][0]
-    for tree in (state.params, adam.mu, adam.nu, made.params):  # the last is the reference
+    for tree in (state.params, adam.mu, adam.nu, made.reference):
         leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
         assert {path: parts(leaves[path]) for path in SHARDS} == {path: {shape} for path, shape in SHARDS.items()}
 
-    sampling = step.collect.lower(made.params, prompts(made.mesh), jnp.asarray(0, jnp.int32)).compile()  # pyright: ignore
+    args = (made.params, prompts(made.mesh), jnp.asarray(0, jnp.int32))
+    sampling = step.collect.lower(*args).compile(compiler_options=QUICK)  # pyright: ignore[reportFunctionMemberAccess]
     text = sampling.as_text()
     a = ARCHITECTURE
     own = (P, G, a.kv_heads, T, a.head_size)  # the cache of one layer: problems over 4 devices, heads over 2
     assert f"f32[{P // 4},{G},{a.kv_heads // 2},{T},{a.head_size}]" in text
     assert f"f32[{','.join(map(str, own))}]" not in text
-    sampled, rewards = step.collect(made.params, prompts(made.mesh), jnp.asarray(0, jnp.int32))
+    sampled, rewards = sampling(*args)
     assert parts(sampled.completion) == {(P // 4, G, T)} and parts(rewards["even"]) == {(P // 4, G)}

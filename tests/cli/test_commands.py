@@ -1,0 +1,256 @@
+"""The commands as a person meets them: real processes, a tiny run, and every mistake a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxreason.cli.main import main
+
+TINY = ("--config", "quickstart:tiny")
+NAMES = ("train", "evaluate", "sample", "report", "export", "configs")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device, one cache of compiled programs, and nobody's home folder."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "FORCE_COLOR")}
+    cache = tmp_path_factory.getbasetemp() / "xla-1"  # shared with the other files that start processes of one device
+    return kept | {"JAX_COMPILATION_CACHE_DIR": str(cache), "COLUMNS": "100", "HOME": str(tmp_path_factory.mktemp("home"))}
+
+
+@pytest.fixture(scope="session")
+def jaxreason(environment):
+    def run(*words: str | Path, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "jaxreason", *map(str, words)]
+        done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(jaxreason, tmp_path_factory) -> Path:
+    """The folder of a tiny run that has ended; tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    done = jaxreason("train", *TINY, "--workdir", folder, "--config.seed=5")
+    assert "Report:" in done.stdout and "reinforce 2/2" in done.stdout
+    return folder
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """What a mistake is answered with: one line on standard error."""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("jaxreason: "), line
+    return line
+
+
+# ----------------------------------------------------------------------------------------------------- help, mistyping
+
+
+def loaded(*words: str) -> tuple[int, set[str], str]:
+    """(exit code, top-level packages loaded, what was printed) of a command, in a fresh interpreter."""
+    script = (
+        "import sys\nfrom jaxreason.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as left:\n    code = left.code\n"
+        "print('\\x00', code, *{name.split('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+    printed, _, after = done.stdout.partition("\x00")
+    code, *modules = after.split()
+    return int(code), set(modules), printed + done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_answers_at_once_and_is_enough(name):
+    code, modules, printed = loaded(name, "--help")
+    assert code == 0 and not modules & {"jax", "jaxlib", "numpy", "flax"}
+    assert f"jaxreason {name}" in printed.split("example:")[1]  # a command to copy
+    for option in re.findall(r"^  (--?[\w-]+|[A-Z]+)(?: [A-Z:]+)?(?:  +(.*))?$", printed, re.MULTILINE):
+        assert option
+
+
+def test_the_top_help_names_every_command():
+    code, _, printed = loaded("--help")
+    assert code == 0 and [name for name in NAMES if not re.search(rf"^    {name} ", printed, re.MULTILINE)] == []
+    assert "jaxreason train --config quickstart" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "usage: jaxreason"),
+        (["train"], "usage: jaxreason train"),
+        (["train"], "--config, --workdir"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", *TINY, "--workdir", "x", "--widget"], "--widget is not an option of 'train': see jaxreason train --help"),
+        (["train", *TINY, "--workdir", "x", "--config.seed", "3"], "--config.seed has no value: write --config.seed=VALUE"),
+        (["evaluate", "x", "--config.seed=3"], "--config.seed=3 is not an option of 'evaluate'"),
+        (["sample", "x", "--n", "many"], "argument --n: invalid int value: 'many'"),
+        (["export", "x"], "OUT"),
+    ],
+)
+def test_mistyped_words_are_answered_at_once(words, says):
+    code, modules, printed = loaded(*words)
+    assert code == 2 and says in printed and "Traceback" not in printed
+    assert not modules & {"jax", "jaxlib", "numpy"}
+
+
+def test_module_and_console_script_are_the_same():
+    script = Path(sys.executable).with_name("jaxreason")
+    if not script.is_file():
+        pytest.skip("needs an installed jaxreason; the environment runs it from the checkout")
+    for words in (["--version"], ["train"], ["--help"]):
+        one, other = (
+            subprocess.run([*program, *words], capture_output=True, text=True, timeout=60)
+            for program in ([script], [sys.executable, "-m", "jaxreason"])
+        )
+        assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr)
+
+
+def test_configs_and_a_reader_who_leaves(jaxreason, environment):
+    listed = jaxreason("configs").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == sorted(line.split()[0] for line in listed)
+    assert any(line.startswith("quickstart ") and len(line) > 40 for line in listed)
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxreason", "configs"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()  # as `head` does, before anything was written
+        assert process.stderr.read() == ""
+    assert process.returncode != 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config", "quikstart"], "--config is 'quikstart'"),
+        ([*TINY, "--config.online.stps=3"], "config.online has no key 'stps': did you mean 'steps'?"),
+        ([*TINY, "--config.online.steps=x"], "config.online.steps is 'x': expected a whole number"),
+        ([*TINY, "--config.mesh.tensor=2"], "config.mesh"),
+        ([*TINY, "--config.model.architecture.heads=3"], "config.model.architecture.kv_heads is 2"),
+        ([*TINY, "--processes", "2"], "--coordinator, --processes and --process go together"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_leaves_nothing_behind(jaxreason, tmp_path, words, says):
+    assert says in sentence(jaxreason("train", *words, "--workdir", tmp_path / "run", code=2))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_folders_that_are_not_this_run(jaxreason, finished, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    assert "holds 'cat.jpg'" in sentence(jaxreason("train", *TINY, "--workdir", tmp_path / "photos", code=2))
+    assert [entry.name for entry in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+    told = sentence(jaxreason("train", *TINY, "--workdir", finished, code=2))
+    assert "config.seed = 5, and this one has 0" in told and "another --workdir" in told
+
+
+def test_a_run_that_has_ended_is_shown_again(jaxreason, finished):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    done = jaxreason("train", *TINY, "--workdir", finished, "--config.seed=5")
+    assert "This run has ended" in done.stdout and "word_problems/pass@1" in done.stdout
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
+
+
+# -------------------------------------------------------------------------------------------------- what reads a folder
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sample", "report", "export"])
+def test_a_folder_that_is_no_run(tmp_path, capsys, name):
+    def told(folder: Path) -> str:
+        assert main([name, str(folder), *(["out"] if name == "export" else [])]) == 2  # in this process: nothing is computed
+        return capsys.readouterr().err
+
+    (tmp_path / "empty").mkdir()
+    for folder in ("nothing", "empty"):
+        assert re.fullmatch(rf"jaxreason: '.*{folder}'.*give.*\n", told(tmp_path / folder))
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_a_run_without_a_checkpoint_and_a_damaged_config(jaxreason, finished, tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(finished / "config.json", begun)
+    shutil.copytree(finished / "tokenizer", begun / "tokenizer")
+    assert f"'{begun}' has no checkpoint yet" in sentence(jaxreason("evaluate", begun, code=2))
+    (begun / "config.json").write_text('{"seed": 1')
+    assert "config.json is not valid JSON" in sentence(jaxreason("evaluate", begun, code=2))
+    assert "no run's config" in sentence(jaxreason("evaluate", finished / "policy", code=2))
+
+
+def test_evaluate_prints_what_the_summary_says(jaxreason, finished):
+    printed = jaxreason("evaluate", finished).stdout
+    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
+    assert "stage 'reinforce', step 2" in printed and "8 held-out problems, greedy" in printed
+    for name, value in summary["after"].items():
+        assert f"{name} = {value:.4f}" in printed
+
+
+PROBLEM = "Tom has 7 pens. Triples them. Loses 8. How many?"
+
+
+def test_sample_one_problem(jaxreason, finished):
+    words = ["sample", finished, "--n", "3", "--problem", PROBLEM]
+    told = jaxreason(*words, "--answer", "13").stdout
+    assert len(re.findall(r"accuracy [01]  format [01]  tokens \d+  ended by (?:eos|length)", told)) == 3
+    unscored = jaxreason(*words).stdout
+    assert unscored.count("format") == 3 and "accuracy" not in unscored
+    assert re.sub(r"accuracy [01]  ", "", told) == unscored  # the same seed, the same completions
+    assert jaxreason(*words, "--seed", "1").stdout != unscored
+
+
+def test_sample_problems_that_are_typed(jaxreason, finished):
+    lines = [PROBLEM, "Bob has 3 apples. Gets 2. How many?", f"{PROBLEM} {PROBLEM}", PROBLEM, "", "never read"]
+    done = jaxreason("sample", finished, "--greedy", stdin="\n".join(lines) + "\n")
+    first, *_ = done.stdout.splitlines()
+    assert "stage 'reinforce', step 2" in first and "empty line to leave" in first
+    assert done.stdout.count("ended by") == 3
+    assert "no token for: Bob, apples." in done.stdout  # the policy reads neither, and the person is told
+    assert re.search(r"jaxreason: the prompt .* tokens: expected 1 to 24", done.stdout)  # and may go on
+    assert jaxreason("sample", finished, stdin="").stdout.count("\n") == 1
+
+
+def test_sample_mistakes(jaxreason, finished, capsys):
+    assert main(["sample", str(finished), "--n", "0", "--problem", PROBLEM]) == 2
+    assert "--n is 0: expected 1 or more" in capsys.readouterr().err
+    assert main(["sample", str(finished), "--answer", "13"]) == 2
+    assert "no --problem that it answers: give both" in capsys.readouterr().err
+    long = sentence(jaxreason("sample", finished, "--problem", PROBLEM * 3, code=2))
+    assert "expected 1 to 24" in long and "max_prompt_tokens" in long
+
+
+def test_report_on_a_finished_and_an_unfinished_run(jaxreason, finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "report.html").unlink()
+    assert str(copy / "report.html") in jaxreason("report", copy).stdout
+    assert "has not finished" not in (copy / "report.html").read_text(encoding="utf-8")
+    (copy / "summary.json").unlink()
+    jaxreason("report", copy)
+    assert "has not finished" in (copy / "report.html").read_text(encoding="utf-8")
+
+
+def test_export_does_not_replace_what_is_no_export(jaxreason, finished, tmp_path):
+    out = tmp_path / "out"
+    assert f"stage 'reinforce', step 2 -> {out}" in jaxreason("export", finished, out).stdout
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (finished / "policy" / "model.safetensors").read_bytes()
+    jaxreason("export", finished, out)  # an earlier export is replaced
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("...")
+    told = sentence(jaxreason("export", finished, precious, code=2))
+    assert "not replaced" in told and "new folder" in told
+    assert [entry.name for entry in precious.iterdir()] == ["thesis.tex"]
