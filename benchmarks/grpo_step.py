@@ -1,7 +1,8 @@
 """Times one GRPO step of the real trainer on a random model: sample, score, reference, update. Prints one JSON line.
 
-`--microbatch` is the trainer's `problems_per_microbatch`: whole groups whose gradient is computed at once. Every completion has its full length (no stop token exists), one update a step, a reference model, float32. For CPU seconds on
-one thread, so that a busy machine does not matter much:
+Every completion has its full length (no stop token exists), one update a step, a reference model, float32. `--microbatch` is
+the trainer's `problems_per_microbatch`: whole groups whose gradient is computed at once. For CPU seconds on one thread, so that
+a busy machine does not matter much:
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/grpo_step.py
 
@@ -75,8 +76,8 @@ def timed(function: Callable[[], Any], *, warmup: int, steps: int) -> tuple[list
 def main() -> None:
     a = arguments()
     architecture = Architecture(
-        vocab_size=a.vocab, hidden_size=a.hidden, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads, head_size=a.hidden // a.heads,
-        mlp_size=a.mlp, max_positions=a.prompt_len + a.new_tokens, tied=a.tied,
+        vocab_size=a.vocab, hidden_size=a.hidden, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads,
+        head_size=a.hidden // a.heads, mlp_size=a.mlp, max_positions=a.prompt_len + a.new_tokens, tied=a.tied,
     )  # fmt: skip
     numerics = Numerics(matmul_dtype={"f32": "float32", "bf16": "bfloat16"}[a.matmul], remat=not a.no_remat)
     mesh = sharding.make_mesh(sharding.MeshConfig())

@@ -2,9 +2,9 @@
 
     python benchmarks/quickstart_seeds.py --out runs/seeds
 
-Each row is a whole `jaxreason train --config quickstart` in a process of its own, compile time included (`--cold-cache` gives each an
-empty compilation cache). The controls are the same run with the accuracy reward left out (format only), and with the accuracy
-reward dealt out at random among the step's completions (shuffled).
+Each row is a whole `jaxreason train --config quickstart` in a process of its own, compile time included (`--cold-cache` gives
+each an empty compilation cache). The controls are the same run with the accuracy reward left out (format only), and with the
+accuracy reward dealt out at random among the step's completions (shuffled).
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def main() -> None:
             rows.append(r)
             print(
                 f"| {variant} | {seed} | {r['base']:.3f} | {r['before']:.3f} | {r['after']:.3f} | "
-                f"{r['length_before']:.1f} -> {r['length_after']:.1f} | {r['kl']:.3f} | {r['sampler_gap']:.1e} | {r['seconds']:.0f} | "
-                f"{r['cpu_seconds']:.0f} |",
+                f"{r['length_before']:.1f} -> {r['length_after']:.1f} | {r['kl']:.3f} | {r['sampler_gap']:.1e} | "
+                f"{r['seconds']:.0f} | {r['cpu_seconds']:.0f} |",
                 flush=True,
             )
     versions = {"jaxreason": jaxreason.__version__, "jax": jax.__version__, "python": platform.python_version()}

@@ -63,6 +63,15 @@ def mesh_shape(config: MeshConfig, *, devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def fits(config: MeshConfig, *, devices: int) -> bool:
+    """Whether a mesh of this shape can be made of so many devices."""
+    try:
+        mesh_shape(config, devices=devices)
+    except ValueError:
+        return False
+    return True
+
+
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh with axes `data`, `fsdp`, `tensor`."""
     devices = jax.devices() if devices is None else devices
@@ -122,3 +131,11 @@ def fetch(tree: Any) -> Any:
         return np.asarray(x)
 
     return jax.tree.map(get, tree)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

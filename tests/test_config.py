@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from jaxreason import config as schema
-from jaxreason.pipelines import run as runs
+from jaxreason.pipelines import experiment as experiments
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,9 +28,9 @@ def nothing_compiles(caplog):
     assert [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()] == []
 
 
-def build(tmp_path: Path, *overrides: str, source: str = "quickstart:tiny", devices: int = 1) -> runs.Experiment:
+def build(tmp_path: Path, *overrides: str, source: str = "quickstart:tiny", devices: int = 1) -> experiments.Experiment:
     config = schema.load(source, [f"--config.{each}" for each in overrides])
-    return runs.build(config, tmp_path / "run", devices=jax.devices()[:devices])
+    return experiments.build(config, tmp_path / "run", devices=jax.devices()[:devices])
 
 
 def one_sentence(error: BaseException) -> str:

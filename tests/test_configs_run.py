@@ -10,6 +10,7 @@ import pytest
 
 from jaxreason import config as schema
 from jaxreason.cli.progress import QuietProgress
+from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
 
 
@@ -31,7 +32,7 @@ def test_it_runs_two_tiny_steps(name, tmp_path, request):
     assert all(math.isfinite(value) for line in logged for value in line.values() if not isinstance(value, str))
     steps = [line["step"] for line in logged if line["stage"] == "reinforce" and "time/step" in line]
     assert steps == [1, 2]
-    assert runs.read_config(workdir) == config
+    assert folders.read_config(workdir) == config
     assert (workdir / "policy" / "model.safetensors").is_file()
 
 

@@ -131,15 +131,16 @@ STATE = """
 import dataclasses, sys
 from pathlib import Path
 import jax, numpy as np
-from jaxreason.pipelines import run
+from jaxreason.pipelines import experiment as experiments
+from jaxreason.pipelines import folder as folders
 from jaxreason.sharding import MeshConfig
 from jaxreason.training import online, state
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.optimizer import make_optimizer
 
 for folder in map(Path, sys.argv[1:]):
-    config = dataclasses.replace(run.read_config(folder), mesh=MeshConfig())
-    e = run.build(config, folder)
+    config = dataclasses.replace(folders.read_config(folder), mesh=MeshConfig())
+    e = experiments.build(config, folder)
     optimizer = make_optimizer(config.online.optimizer, steps=config.online.steps)
     checkpointer = Checkpointer(folder / "checkpoints" / online.STAGE)
     restored = checkpointer.restore_latest(state.abstract(e.model, optimizer, e.mesh))

@@ -5,6 +5,7 @@ The first half runs the pipeline in this process and stops it at chosen moments;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxreason import config as configs
+from jaxreason.pipelines import experiment as experiments
+from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
 from jaxreason.training.metrics import read_jsonl
 
@@ -75,7 +78,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def train(config: configs.Config, workdir: Path, *, checks: int | None = None) -> tuple[runs.Result, Recorder]:
+def train(config: configs.Config, workdir: Path, *, checks: int | None = None) -> tuple[folders.Result, Recorder]:
     """Trains on one device until the run has asked `checks` times whether to stop."""
     asked, progress = 0, Recorder()
 
@@ -276,9 +279,22 @@ def test_what_a_run_that_was_killed_at_once_leaves_is_no_obstacle(short: configs
     (tmp_path / ".tokenizer.partial").mkdir()
     (tmp_path / ".tokenizer.partial" / "tokenizer.json").write_text("{")
     (tmp_path / "config.json.tmp").write_text('{"seed')
-    runs.open_folder(short, tmp_path)
-    experiment = runs.build(short, tmp_path, devices=jax.devices()[:1])
+    folders.open_folder(short, tmp_path)
+    experiment = experiments.build(short, tmp_path, devices=jax.devices()[:1])
     assert experiment.tokenizer.eos_ids and not (tmp_path / ".tokenizer.partial").exists()
+
+
+def test_a_run_that_failed_before_it_saved_begins_anew_with_a_corrected_config(
+    short: configs.Config, undisturbed: Path, tmp_path: Path
+) -> None:
+    """No checkpoint can be lost, so another config is no mistake; what the failed run wrote down does not stay."""
+    failed = dataclasses.replace(short, seed=short.seed + 1)
+    tmp_path.joinpath("config.json").write_text(json.dumps(configs.to_dict(failed)))
+    tmp_path.joinpath("examples.json").write_text('{"before": []}')
+    tmp_path.joinpath("metrics.jsonl").write_text('{"stage": "reinforce", "step": 0, "eval/word_problems/pass@1": 0.5}\n')
+    result, _ = train(short, tmp_path)
+    assert result.finished
+    assert_same_run(tmp_path, undisturbed)
 
 
 # ------------------------------------------------------------------------------------------------------- real processes
@@ -394,14 +410,14 @@ def test_a_finished_run_says_so_and_does_not_train_again(start: Any, undisturbed
 def test_a_workdir_that_cannot_be_used_is_a_sentence(short: configs.Config, undisturbed: Path, tmp_path: Path) -> None:
     changed = configs.from_dict(configs.to_dict(short) | {"seed": 7})
     with pytest.raises(ValueError, match=r"holds a run with config\.seed = 0, and this one has 7: give another --workdir"):
-        runs.open_folder(changed, undisturbed)
+        folders.open_folder(changed, undisturbed)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not a run's folder and holds 'notes\.txt'"):
-        runs.open_folder(short, tmp_path)
+        folders.open_folder(short, tmp_path)
     with pytest.raises(ValueError, match="which is a file: give a folder"):
-        runs.open_folder(short, tmp_path / "notes.txt")
+        folders.open_folder(short, tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="which cannot be made"):
-        runs.open_folder(short, tmp_path / "notes.txt" / "run")
+        folders.open_folder(short, tmp_path / "notes.txt" / "run")
 
 
 def test_a_mistake_in_the_workdir_ends_the_command_with_2(start: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import os
 import shlex
 import shutil
@@ -24,6 +25,8 @@ from jaxreason.cli.main import DONE, INTERRUPTED
 from jaxreason.cli.progress import before_after_table, make_progress, side_by_side, visible
 from jaxreason.data.batching import prompt_batch
 from jaxreason.models import huggingface
+from jaxreason.pipelines import experiment as experiments
+from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
 from jaxreason.training.collect import completions, placer, record, sample_and_score, score_on_host
 from jaxreason.training.report import write_report
@@ -38,8 +41,8 @@ def train(given: argparse.Namespace) -> int:
     _choose_precision(config)
     _cache_compilations()
     console, main = Console(soft_wrap=not sys.stdout.isatty()), jax.process_index() == 0
-    runs.open_folder(config, given.workdir)
-    ended = runs.finished(given.workdir)
+    folders.open_folder(config, given.workdir)
+    ended = folders.finished(given.workdir)
     if ended is not None:
         if main:
             if not (given.workdir / "report.html").is_file():  # it is written last
@@ -65,7 +68,7 @@ def train(given: argparse.Namespace) -> int:
     return DONE
 
 
-def _show(console: Console, result: runs.Result) -> None:
+def _show(console: Console, result: folders.Result) -> None:
     console.print(before_after_table(result.summary))
     console.print(side_by_side(result.examples))
 
@@ -161,19 +164,21 @@ def _end_by(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def _open(run: Path) -> tuple[runs.Experiment, Any, str]:
+def _open(run: Path) -> tuple[experiments.Experiment, Any, str]:
     """The experiment of a run's folder on this machine's devices, with its newest weights."""
-    config = runs.read_config(run)
+    config = folders.read_config(run)
     _choose_precision(config)
     _cache_compilations()
-    experiment = runs.build(config, run)
+    if jax.process_count() == 1 and not sharding.fits(config.mesh, devices=jax.device_count()):
+        config = dataclasses.replace(config, mesh=sharding.MeshConfig())  # trained on other devices than these
+    experiment = experiments.build(config, run)
     params, source = runs.latest_params(experiment, run)
     return experiment, params, source
 
 
 def evaluate(given: argparse.Namespace) -> int:
     experiment, params, source = _open(given.run)
-    metrics, _ = runs.evaluator(experiment)(params)
+    metrics, _ = experiments.evaluator(experiment)(params)
     console = Console(soft_wrap=True)
     left_out = f" ({experiment.left_out} left out: their prompts are too long)" if experiment.left_out else ""
     console.print(f"{source}; {len(experiment.task.heldout)} held-out problems{left_out}, greedy", highlight=False)

@@ -178,32 +178,34 @@ def make_progress(console_file: TextIO, *, quiet: bool = False) -> LiveProgress 
 
 
 def before_after_table(summary: Mapping[str, Any]) -> Table:
-    """The held-out numbers of `summary.json`, before and after training."""
+    """The held-out numbers of `summary.json`: after each earlier phase, before reinforcement, and after it."""
+    phases = summary.get("phases") or {}
     before, after = summary.get("before") or {}, summary.get("after") or {}
     table = Table(title_justify="left")
-    for heading in ("held-out", "before", "after", "change"):
+    for heading in ("held-out", *phases, "before RL", "after RL", "change"):
         table.add_column(heading, justify="left" if heading == "held-out" else "right", no_wrap=heading != "held-out")
     for name in dict.fromkeys([*before, *after]):
         share = "@" in name or "truncated" in name
         first, last = before.get(name), after.get(name)
-        cells = ["-" if v is None else f"{100 * v:.1f}%" if share else _number(v) for v in (first, last)]
+        values = [*(phase.get(name) for phase in phases.values()), first, last]
+        cells = ["-" if v is None else f"{100 * v:.1f}%" if share else _number(v) for v in values]
         change = Text()
         if first is not None and last is not None:
             by = last - first
             text = f"{100 * by:+.1f} points" if share else ("+" if by > 0 else "") + _number(by)
             change = Text(text, style=("green" if by > 0 else "red") if "@" in name and by else "")
-        table.add_row(Text(name.removeprefix("eval/")), cells[0], Text(cells[1], style="bold"), change)
+        table.add_row(Text(name.removeprefix("eval/")), *cells[:-1], Text(cells[-1], style="bold"), change)
     return table
 
 
 def side_by_side(examples: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 4) -> RenderableType:
-    """The same questions before and after training, each completion as it was written."""
+    """The same questions before and after reinforcement, each completion as it was written."""
     after = {example.get("question"): example for example in examples.get("after") or []}
     parts: list[RenderableType] = []
     for example in list(examples.get("before") or [])[:limit]:
         question = example.get("question", "")
         table, texts = Table(expand=True), []
-        for heading, found in (("before", example), ("after", after.get(question))):
+        for heading, found in (("before RL", example), ("after RL", after.get(question))):
             title = Text(heading)
             if found is not None:
                 rewards = found.get("reward") or {}

@@ -164,15 +164,17 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def _table(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Held-out numbers before and after training; in an unfinished run the first and the latest that were logged."""
+    """Held-out numbers of each phase, before and after reinforcement; in an unfinished run the first and the latest logged."""
+    phases = summary.get("phases") or {}
     before, after = summary.get("before") or {}, summary.get("after") or {}
-    columns = ["before training", "after training"]
+    columns = [*(f"after {name}" for name in phases), "before RL", "after RL"]
     if not before and not after:
         for line in metrics:
             found = {name: value for name, value in line.items() if name.startswith("eval/")}
             before, after = {**found, **before}, {**after, **found}
         columns = ["first evaluation", "latest evaluation"]
-    rows = [(name, before.get(name), after.get(name)) for name in dict.fromkeys([*before, *after])]
+    sides = [*phases.values(), before, after]
+    rows = [(name, *(side.get(name) for side in sides)) for name in dict.fromkeys([*before, *after])]
     return {"columns": columns, "rows": rows}
 
 

@@ -162,12 +162,13 @@ def test_quiet_says_nothing() -> None:
 
 
 def test_before_after_table() -> None:
-    summary = {"before": {"eval/sum/pass@1": 0.231, "eval/sum/length": 20.4},
+    summary = {"phases": {"base": {"eval/sum/pass@1": 0.702, "eval/sum/length": 19.5}},
+               "before": {"eval/sum/pass@1": 0.231, "eval/sum/length": 20.4},
                "after": {"eval/sum/pass@1": 0.683, "eval/sum/length": 18.0, "eval/[b]/pass@1": 1.0}}  # fmt: skip
     lines = [re.findall(r"[^\s│|]+(?: points)?", line) for line in printed(before_after_table(summary)).splitlines()]
-    assert ["sum/pass@1", "23.1%", "68.3%", "+45.2 points"] in lines
-    assert ["sum/length", "20.4", "18", "-2.4"] in lines
-    assert ["[b]/pass@1", "-", "100.0%"] in lines
+    assert ["sum/pass@1", "70.2%", "23.1%", "68.3%", "+45.2 points"] in lines
+    assert ["sum/length", "19.5", "20.4", "18", "-2.4"] in lines
+    assert ["[b]/pass@1", "-", "-", "100.0%"] in lines
     assert "held-out" in printed(before_after_table({}))  # an unfinished run
 
 
@@ -181,7 +182,7 @@ def test_side_by_side_shows_completions_as_they_were_written() -> None:
     text = printed(side_by_side(examples))
     assert text.count("<think>") == 2 and text.count("  [bold]3[/bold] + [/x] = 7 \\x1b[31m\\x07") == 2
     assert all(f"[red]q{n}[/red]" in text for n in range(3)) and text.count("(not there yet)") == 1
-    assert "after  reward 1.1  accuracy 1  format -" in text and "\x1b" not in text
+    assert "after RL  reward 1.1  accuracy 1  format -" in text and "\x1b" not in text
     assert "q1" not in printed(side_by_side(examples, limit=1))
     assert printed(side_by_side(examples), encoding="ascii").isascii()
     assert "no examples" in printed(side_by_side({}))

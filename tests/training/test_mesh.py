@@ -43,6 +43,7 @@ from pathlib import Path
 import jax, numpy as np
 from jaxreason import config as configs
 from jaxreason.cli.progress import QuietProgress
+from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import run
 from jaxreason.training import online, state
 from jaxreason.training.checkpoint import Checkpointer
@@ -52,7 +53,7 @@ folder, devices, overrides = Path(sys.argv[1]), jax.devices()[: int(sys.argv[2])
 config = configs.load("quickstart:tiny", overrides)
 result = run.train(config, folder, progress=QuietProgress(), stop=lambda: False, devices=devices)
 assert result.finished
-e = run.build(config, folder, devices=devices)
+e = experiments.build(config, folder, devices=devices)
 optimizer = make_optimizer(config.online.optimizer, steps=config.online.steps)
 checkpointer = Checkpointer(folder / "checkpoints" / online.STAGE)
 restored = checkpointer.restore_latest(state.abstract(e.model, optimizer, e.mesh))

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from jaxreason import config as configs
+from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import run as runs
 from jaxreason.training.collect import Scoring
 from jaxreason.training.metrics import NonFiniteError, RunLog, read_jsonl
@@ -52,7 +53,7 @@ class Silent:
     def close(self) -> None: ...
 
 
-def reinforce(experiment: runs.Experiment, workdir: Path, *, broken_at: int | None) -> Any:
+def reinforce(experiment: experiments.Experiment, workdir: Path, *, broken_at: int | None) -> Any:
     """The reinforcement stage with a rule on the host, which gives one NaN in this step."""
     online = experiment.config.online
     per_step = online.problems_per_step * online.completions_per_problem
@@ -68,9 +69,9 @@ def reinforce(experiment: runs.Experiment, workdir: Path, *, broken_at: int | No
     scoring = Scoring(traced={}, host={"accuracy": rule}, weights={"accuracy": 1.0}, shuffled=frozenset())
     return runs._online(
         experiment._replace(scoring=scoring),
-        runs.initial_params(experiment),
+        experiments.initial_params(experiment),
         workdir,
-        stream=runs.training_stream(experiment)[0],
+        stream=experiments.training_stream(experiment)[0],
         evaluate=lambda params: ({}, []),
         log=RunLog(workdir),
         progress=Silent(),
@@ -88,7 +89,7 @@ def test_a_reward_that_is_none_stops_before_its_step_is_saved(tmp_path: Path) ->
     options = ["--config.supervised.phases.base.steps=0", "--config.supervised.phases.cold_start.steps=0"]
     options += ["--config.checkpoint.every_steps=1", "--config.evaluation.every_steps=0", "--config.online.steps=5"]
     config = configs.load(CONFIG, options)
-    experiment = runs.build(config, tmp_path / "model", devices=jax.devices()[:1])
+    experiment = experiments.build(config, tmp_path / "model", devices=jax.devices()[:1])
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     expected = reinforce(experiment, undisturbed, broken_at=None)
 

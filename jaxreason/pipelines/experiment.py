@@ -1,0 +1,167 @@
+"""What a config stands for, built and checked: mesh, task, tokenizer, model, algorithm, rewards. Everything but weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxreason import config as configs
+from jaxreason import objectives, sharding, tasks
+from jaxreason.config import Config
+from jaxreason.data.loader import Stream, problem_stream
+from jaxreason.models import config as model_config
+from jaxreason.models import decoder, huggingface, spec
+from jaxreason.models.config import Architecture
+from jaxreason.models.decoder import Model
+from jaxreason.models.tokenizer import Tokenizer, load_tokenizer, save_word_tokenizer
+from jaxreason.objectives import Algorithm
+from jaxreason.pipelines.folder import PARTIAL_TOKENIZER
+from jaxreason.tasks.task import Task
+from jaxreason.training import supervised
+from jaxreason.training.collect import Scoring, make_scoring
+from jaxreason.training.evaluate import Evaluate, make_evaluate
+from jaxreason.types import Problem
+
+INITIALISING = 1  # what the seed's key is folded with for random weights
+
+
+class Experiment(NamedTuple):
+    """What a config stands for, built: everything but weights."""
+
+    config: Config
+    mesh: Mesh
+    task: Task
+    tokenizer: Tokenizer
+    architecture: Architecture
+    model: Model
+    algorithm: Algorithm
+    scoring: Scoring
+    source: Path | None  # the checkpoint's folder, where there is one
+    left_out: int  # held-out problems whose prompts are too long, which `task` no longer has
+
+
+def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
+    """Resolves every name of the config and checks every size; nothing is compiled, and no weight is read."""
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
+    configs.check(config, shards=sharding.problem_shards(mesh))
+    algorithm = configs.make(
+        objectives,
+        config.algorithm,
+        key="algorithm",
+        returns="Algorithm",
+        max_completion_tokens=config.sampling.max_completion_tokens,
+    )
+    if config.online.steps and algorithm.group_baseline and config.online.completions_per_problem < 2:
+        raise ValueError(
+            f"config.online.completions_per_problem is {config.online.completions_per_problem}, and algorithm '{algorithm.name}' "
+            "compares a group's completions with each other: set it to 2 or more"
+        )
+    if config.online.steps and "reward" not in algorithm.needs:
+        raise ValueError(
+            f"config.algorithm.name is '{algorithm.name}', which learns from no reward: name one that does, such as 'grpo'"
+        )
+    if config.online.updates_per_step > 1 and "old" not in algorithm.needs:
+        raise ValueError(
+            f"config.online makes {config.online.updates_per_step} updates a step, and algorithm '{algorithm.name}' holds for "
+            "rows of the newest policy only: set epochs to 1 and problems_per_update to problems_per_step"
+        )
+    source = huggingface.resolve(config.model.path) if config.model.path else None
+    architecture = huggingface.read_architecture(source) if source else config.model.architecture
+    model_config.check(architecture)
+    model_config.check_numerics(config.model.numerics)
+    configs.check_context(config, architecture)
+    task = configs.make(tasks, config.task, key="task", returns="Task")
+    supervised.check_phases(config.supervised, task)
+    folder = source
+    if folder is None:
+        if not task.words:
+            raise ValueError(
+                f"config.model.path is empty, and task '{task.name}' brings no vocabulary of its own: give a checkpoint's "
+                "folder with --config.model.path=..."
+            )
+        folder = workdir / "tokenizer"
+        if not folder.exists() and jax.process_index() == 0:
+            partial = workdir / PARTIAL_TOKENIZER
+            shutil.rmtree(partial, ignore_errors=True)
+            save_word_tokenizer(task.words, partial)
+            partial.rename(folder)  # there in full or, after a kill, not at all
+        sharding.barrier("tokenizer")
+    tokenizer = load_tokenizer(folder)
+    tokens = len(tokenizer.hf)
+    if tokens > architecture.vocab_size:
+        remedy = f"give a checkpoint whose tokenizer fits it, {source} does not" if source else f"raise it to {tokens} or more"
+        raise ValueError(
+            f"config.model.architecture.vocab_size is {architecture.vocab_size}, and the tokenizer has {tokens} tokens: {remedy}"
+        )
+    model = decoder.make_decoder(architecture, config.model.numerics, mesh)
+    spec.check_divisible(model.specs, mesh)
+    vocabulary = tokenizer.vocabulary(architecture.vocab_size)
+    scoring = make_scoring(config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids)
+    heldout = [task.heldout[i] for i in _fitting(task, task.heldout, tokenizer, config.sampling.max_prompt_tokens)]
+    if not heldout:
+        raise ValueError(
+            f"config.sampling.max_prompt_tokens is {config.sampling.max_prompt_tokens}, and every held-out prompt of task "
+            f"'{task.name}' is longer: raise it"
+        )
+    left_out = len(task.heldout) - len(heldout)
+    task = dataclasses.replace(task, heldout=heldout)
+    return Experiment(config, mesh, task, tokenizer, architecture, model, algorithm, scoring, source, left_out)
+
+
+def _fitting(task: Task, problems: Sequence[Problem], tokenizer: Tokenizer, limit: int) -> list[int]:
+    """The indices of those problems whose prompts have at most `limit` tokens."""
+    rows = tokenizer.encode_prompts([task.messages(problem) for problem in problems])
+    return [index for index, row in enumerate(rows) if len(row) <= limit]
+
+
+def initial_params(experiment: Experiment) -> Any:
+    """The checkpoint's weights, or random ones folded from the seed."""
+    e = experiment
+    dtype = e.model.numerics.param_dtype
+    if e.source is not None:
+        return huggingface.load_params(e.model.specs, e.source, dtype=dtype, mesh=e.mesh)
+    key = jax.random.fold_in(jax.random.key(e.config.seed), INITIALISING)
+    return spec.init(e.model.specs, key, dtype=dtype, mesh=e.mesh)
+
+
+def evaluator(experiment: Experiment) -> Evaluate:
+    e = experiment
+    return make_evaluate(
+        e.model,
+        e.scoring,
+        e.mesh,
+        task=e.task,
+        tokenizer=e.tokenizer,
+        sampling=e.config.sampling,
+        config=e.config.evaluation,
+    )
+
+
+def training_stream(experiment: Experiment) -> tuple[Stream, int]:
+    """The stream of training problems, and how many were left out for a prompt that is too long."""
+    e = experiment
+    if e.task.train_size is None:
+        return problem_stream(e.task.train, numbers=None, seed=e.config.seed), 0
+    problems = [e.task.train(number) for number in range(e.task.train_size)]
+    fitting = _fitting(e.task, problems, e.tokenizer, e.config.sampling.max_prompt_tokens)
+    return problem_stream(e.task.train, numbers=fitting, seed=e.config.seed), e.task.train_size - len(fitting)
+
+
+def describe(e: Experiment) -> str:
+    """One line of what is about to run, with the derived sizes."""
+    o, s = e.config.online, e.config.supervised
+    shape = " x ".join(f"{name} {size}" for name, size in e.mesh.shape.items() if size > 1) or "one device"
+    rollouts = o.problems_per_step * o.completions_per_problem
+    return (
+        f"{spec.count(e.model.specs):,} parameters on {shape}; "
+        f"supervised: {s.steps} steps x {s.demonstrations_per_step} demonstrations; "
+        f"{e.algorithm.name}: {o.steps} steps x {o.problems_per_step} problems x {o.completions_per_problem} completions = "
+        f"{rollouts} rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "
+        f"{'one program a step' if not e.scoring.host else 'rewards on the host'}"
+    )
