@@ -1,1 +1,1 @@
-"""Runs of several stages, as lists of stages."""
+"""A run, from config to trained policy: what it is built of, its folder, its course."""

@@ -1,1 +1,0 @@
-"""Test-time search over the engine's verbs."""
