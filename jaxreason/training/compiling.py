@@ -2,7 +2,7 @@
 
 XLA's CPU compiler leaves several hundred megabytes in the allocator's free lists; returned to the system before the program
 runs, they do not add to its peak. A training step's time on a CPU goes to matrix products in libraries, so it is compiled with
-little optimisation around them: sooner, and in half the memory, for a few percent of its speed. Other backends take no notice.
+little optimisation around them: sooner, and in half the memory, for 5 to 10 % of its speed. Other backends take no notice.
 """
 
 from __future__ import annotations
