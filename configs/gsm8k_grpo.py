@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling.max_completion_tokens = 1024
     config.sampling.temperature = 1.0
 
-    # Reinforcement: 128 rollouts and one update a step; 467 steps see every problem once
+    # Reinforcement: 128 rollouts and one update a step; 467 steps see nearly every problem once
     config.algorithm.name = "grpo"
     config.algorithm.kwargs = ConfigDict({"beta": 0.04})
     config.reward.accuracy = schema.part("math.gsm8k_answer", weight=1.0)

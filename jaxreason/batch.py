@@ -20,7 +20,7 @@ class PromptBatch:
 
     prompt: Leaf  # [P, Tp] int32
     prompt_mask: Leaf  # [P, Tp] bool, True on prompt tokens
-    problem: Leaf  # [P] uint32, number of the problem in its task; folded into the sampling key
+    problem: Leaf  # [P] uint32, place in the stream of problems; folded into the sampling key
     answer: Leaf  # [P] int32, the reference as an integer for traced rules (-2^31 where it is none)
 
 

@@ -285,7 +285,7 @@ def make(module: Any, named: Named, *, key: str, returns: str, **offered: Any) -
 LEAST = {
     "seed": 0,
     "sampling.max_prompt_tokens": 1,
-    "sampling.max_completion_tokens": 1,
+    "sampling.max_completion_tokens": 2,
     "supervised.demonstrations_per_step": 1,
     "supervised.demonstrations_per_microbatch": 1,
     "supervised.log_every_steps": 1,
@@ -308,6 +308,7 @@ DIVIDES = (
     ("supervised.demonstrations_per_microbatch", "supervised.demonstrations_per_step"),
 )
 SHARDED = ("online.problems_per_microbatch", "supervised.demonstrations_per_microbatch", "evaluation.problems_per_batch")
+RESERVED = {"total", "zero_variance", "length", "truncated", "pass@1"}  # metrics that stand beside the reward's parts
 LARGEST_SEED = 2**32 - 1
 
 
@@ -338,7 +339,8 @@ def check(config: Config, *, shards: int) -> None:
                 f"choose a divisor of {at(whole)}"
             )
     for key in SHARDED:
-        if at(key) % shards:
+        runs = key.startswith("evaluation") or at(key.split(".")[0]).steps > 0
+        if runs and at(key) % shards:
             raise ValueError(
                 f"config.{key} is {at(key)}, which the {shards} devices along mesh axes data and fsdp do not divide: "
                 f"choose a multiple of {shards}"
@@ -347,6 +349,8 @@ def check(config: Config, *, shards: int) -> None:
         check_optimizer(at(stage).optimizer, key=f"{stage}.optimizer")
     if not config.reward:
         raise ValueError("config.reward has no part: add a rule, config.reward.accuracy = schema.part('...'), in the config's file")
+    for name in RESERVED & set(config.reward):
+        raise ValueError(f"config.reward has a part named '{name}', which is a metric's own name: choose another")
     accuracy = config.evaluation.accuracy
     if accuracy not in config.reward:
         raise ValueError(

@@ -60,7 +60,9 @@ def train(given: argparse.Namespace) -> int:
     if not result.finished:
         if main:
             again = shlex.join([*_program(), *given.words])
-            console.print(f"Interrupted and saved. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
+            saved = any((given.workdir / "checkpoints").glob("*/*"))
+            said = "Interrupted and saved" if saved else "Interrupted before there was anything to save"
+            console.print(f"{said}. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
         return INTERRUPTED
     if main:
         _show(console, result)

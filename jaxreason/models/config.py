@@ -53,7 +53,7 @@ def check(architecture: Architecture) -> None:
         )
 
 
-PAIRS = {("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float64", "float64")}
+PAIRS = {("float32", "float32"), ("float32", "bfloat16"), ("float64", "float64")}
 
 
 def check_numerics(numerics: Numerics) -> None:

@@ -256,8 +256,9 @@ def _phase_ends(config: Config) -> dict[str, int]:
     ends, step = {}, 0
     for name, phase in config.supervised.phases.items():
         step += phase.steps
-        ends[name] = step
-    return dict(list(ends.items())[:-1])  # the last phase's end is 'before'
+        if phase.steps and step < config.supervised.steps:  # the last phase's end is 'before'
+            ends[name] = step
+    return ends
 
 
 def _logged(workdir: Path, stage: str, step: int) -> dict[str, float]:

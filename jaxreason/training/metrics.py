@@ -32,8 +32,12 @@ class NonFiniteError(ArithmeticError):
 
 
 def check_finite(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-    """Raises NonFiniteError that names the step and the first metric that is not a number."""
-    for name, value in metrics.items():
+    """Raises NonFiniteError that names the step and the metric that is not a number: a cause before its consequences."""
+
+    def order(name: str) -> tuple[bool, bool, str]:
+        return not name.startswith("reward/"), not name.startswith(("policy/loss", "loss/")), name
+
+    for name, value in sorted(metrics.items(), key=lambda item: order(item[0])):
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"{name} is {value} at step {step} of stage '{stage}': nothing of this step was saved, and the last good "

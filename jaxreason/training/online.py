@@ -167,19 +167,36 @@ def reinforce(
     progress.stage(STAGE, config.steps, start)
 
     def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:
-        numbered = stream(step * config.problems_per_step, config.problems_per_step)
+        begin = step * config.problems_per_step
+        drawn = [problem for _, problem in stream(begin, config.problems_per_step)]
+        # keys are folded from the place in the stream: a step may hold a problem twice, at the border of two epochs
+        numbered = [(begin + i, problem) for i, problem in enumerate(drawn)]
         batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, max_prompt_tokens=sampling.max_prompt_tokens)
-        return [problem for _, problem in numbered], place(batch)
+        return drawn, place(batch)
+
+    programs: dict[str, Any] = {}
+
+    def program(name: str, function: Any, *args: Any) -> Any:
+        nonlocal clock
+        if name not in programs:
+            begun = time.perf_counter()
+            programs[name] = compiled(function, *args)
+            clock += time.perf_counter() - begun  # compiling is no part of a step
+        return programs[name]
 
     def staged(state: TrainState, prompts: PromptBatch, problems: list[Problem], number: jax.Array) -> Any:
         times = {}
+        collect = program("collect", step_fn.collect, state.params, prompts, number)
         begun = time.perf_counter()
-        sampled, parts = jax.block_until_ready(step_fn.collect(state.params, prompts, number))
+        sampled, parts = jax.block_until_ready(collect(state.params, prompts, number))
         times["time/sample"], begun = time.perf_counter() - begun, time.perf_counter()
         groups = completions(sharding.fetch(sampled), tokenizer)
         host = score_on_host(scoring, problems, groups)
-        times["time/score"], begun = time.perf_counter() - begun, time.perf_counter()
-        out = jax.block_until_ready(step_fn.learn(state, reference, prompts, sampled, {**parts, **place(host)}, number))
+        times["time/score"] = time.perf_counter() - begun
+        batch = (state, reference, prompts, sampled, {**parts, **place(host)}, number)
+        learn = program("learn", step_fn.learn, *batch)
+        begun = time.perf_counter()
+        out = jax.block_until_ready(learn(*batch))
         times["time/update"] = time.perf_counter() - begun
         return *out, times
 
@@ -206,13 +223,13 @@ def reinforce(
         log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer))
         progress.update(step, values)
 
-    step, program = start, None
+    step = start
     while step < config.steps:
         problems, prompts = prepare_batch(step)
         number = sharding.place(mesh, np.asarray(step, np.int32), ())
         if step_fn.fused is not None:
-            program = program or compiled(step_fn.fused, state, reference, prompts, number)
-            state, metrics, shown = program(state, reference, prompts, number)
+            fused = program("fused", step_fn.fused, state, reference, prompts, number)
+            state, metrics, shown = fused(state, reference, prompts, number)
             times: dict[str, float] = {}
         else:
             state, metrics, shown, times = staged(state, prompts, problems, number)
@@ -227,6 +244,7 @@ def reinforce(
         if last or stopping or (saving.every_steps and step % saving.every_steps == 0):
             flush(None)
             checkpointer.save(step, state, {"stage": STAGE, "position": step * config.problems_per_step})
+            clock = time.perf_counter()  # a save is no part of a step
         if stopping and not last:
             checkpointer.wait()
             return Outcome(state, finished=False)

@@ -70,7 +70,7 @@ def make_update(
 
     def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         problems = batch.completion.shape[0]
-        per_update, per_micro = min(split.problems_per_update, problems), min(split.problems_per_microbatch, problems)
+        per_update, per_micro = split.problems_per_update, split.problems_per_microbatch
         minibatches, updates = problems // per_update, split.epochs * (problems // per_update)
 
         def score(params: Any) -> jax.Array:

@@ -161,7 +161,9 @@ def fit(
     while step < config.steps:
         batch = batches(step)
         placed = place(batch)
-        program = program or compiled(step_fn, state, placed)
+        if program is None:
+            program = compiled(step_fn, state, placed)
+            clock = time.perf_counter()  # compiling is no part of a step
         state, metrics = program(state, placed)
         step += 1
         flush()
@@ -171,7 +173,9 @@ def fit(
         stopping = stop()
         if step == config.steps or stopping or (saving.every_steps and step % saving.every_steps == 0):
             flush()
+            saving_since = time.perf_counter()
             checkpointer.save(step, state, {"stage": STAGE, "position": step * config.demonstrations_per_step})
+            clock += time.perf_counter() - saving_since  # a save is no part of a step
         if stopping and step < config.steps:
             checkpointer.wait()
             return Outcome(state, finished=False)

@@ -93,7 +93,9 @@ def test_a_reward_that_is_none_stops_before_its_step_is_saved(tmp_path: Path) ->
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     expected = reinforce(experiment, undisturbed, broken_at=None)
 
-    with pytest.raises(NonFiniteError, match=r"is nan at step 4 of stage 'reinforce': nothing of this step was saved"):
+    with pytest.raises(
+        NonFiniteError, match=r"reward/accuracy is nan at step 4 of stage 'reinforce': nothing of this step was saved"
+    ):
         reinforce(experiment, stopped, broken_at=4)
     assert saved(stopped, "reinforce") == ["2", "2.manifest.json", "3", "3.manifest.json"]
     assert [line["step"] for line in read_jsonl(stopped / "metrics.jsonl")] == [1, 2, 3]
