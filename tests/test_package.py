@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # What belongs to one machine, not to the project: somebody's home, this checkout's own path, package registries.
 HOMES = r"(?<![\w.~-])/(?:home|Users)/\w"
-HOSTS = [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("deb", "debian", "org"), ("archive", "ubuntu", "com")]
+HOSTS = [("pypi", "org"), ("python" + "hosted", "org"), ("npmjs", "org"), ("deb", "debian", "org"), ("archive", "ubuntu", "com")]
 REGISTRIES = "|".join(r"[.]".join(parts) for parts in HOSTS)  # in pieces, so that this file may be looked at too
 FORBIDDEN = re.compile("|".join([HOMES, REGISTRIES, re.escape(str(ROOT)) + r"(?![\w-])"]))
 
