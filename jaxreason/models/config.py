@@ -27,7 +27,7 @@ class Architecture:
 class Numerics:
     """How the decoder is computed: the same function, other costs."""
 
-    param_dtype: str = "float32"  # float32 | bfloat16 | float64 (with jax_enable_x64)
+    param_dtype: str = "float32"  # float32 | float64 (with jax_enable_x64)
     matmul_dtype: str = "float32"  # operands of the large products; results are float32, or float64 with it
     remat: bool = True  # recompute each layer in the backward pass; on a CPU this is faster too
     logits_chunk_tokens: int = 1024  # tokens whose logits exist at once in training

@@ -18,7 +18,7 @@ from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.tasks.task import Task
 from jaxreason.training.collect import Scoring, completions, placer, record, sample_and_score, score_on_host
-from jaxreason.types import Problem, Reward
+from jaxreason.types import Reward
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ def make_evaluate(
     tokenizer: Tokenizer,
     sampling: SamplingConfig,
     config: EvaluationConfig,
-    problems: Sequence[Problem] | None = None,
 ) -> Evaluate:
     """evaluate(params) -> (metrics, a record of each greedy completion), over the task's held-out problems."""
-    problems = task.heldout if problems is None else problems
+    problems = task.heldout
     size = config.problems_per_batch
     run = partial(sample_and_score, model, scoring, config=sampling, group=1, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     everywhere = sharding.named(mesh)
