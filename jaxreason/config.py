@@ -10,11 +10,12 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import math
 import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -276,10 +277,17 @@ def _typed(kind: Any, value: Any, *, path: str) -> Any:
 def make(module: Any, named: Named, *, key: str, returns: str, **offered: Any) -> Any:
     """Calls the function `named.name` of a module, one of those that return `returns`, with its keyword arguments.
 
-    What is `offered` is passed where the function takes it and the config does not say otherwise. A ValueError says what exists.
+    A function with other arguments is none of them: it makes one noun of another. What is `offered` is passed where the
+    function takes it and the config does not say otherwise. A ValueError says what exists.
     """
-    function = find(named.name, returning(module, returns), key=f"{key}.name")
+    there = returning(module, returns)
+    whole = {name: f for name, f in there.items() if all(p.kind is p.KEYWORD_ONLY for p in _parameters(f))}
+    function = find(named.name, whole, key=f"{key}.name")
     return call(function, kwargs=named.kwargs, key=f"{key}.kwargs", **offered)
+
+
+def _parameters(function: Callable[..., Any]) -> Iterable[inspect.Parameter]:
+    return inspect.signature(function).parameters.values()
 
 
 LEAST = {

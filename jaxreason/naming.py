@@ -47,6 +47,7 @@ def arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], *, key: s
         if name not in takes:
             raise ValueError(f"config.{key} has no key '{name}': {nearest(name, list(takes))}")
         kinds = typing.get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+        kinds = tuple(kind for kind in kinds if not hasattr(kind, "array_type"))  # a jaxtyping array cannot stand in a config
         if float in kinds and type(value) is int:
             given[name] = float(value)
         elif set(kinds) <= KINDS.keys() and type(value) not in kinds:

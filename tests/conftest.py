@@ -14,8 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # a shell's background job ignores Ctrl-C, and what it starts inherits that: the tests send it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from collections.abc import Iterator  # noqa: E402
+
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and dtypes of annotated functions are checked, an int being a float too; not on batch.py, whose fields hold specs
+# under tree maps. Here, before anything of the package is imported.
+jaxtyping.install_import_hook(
+    ["jaxreason.objectives", "jaxreason.numerics", "jaxreason.models", "jaxreason.sampling"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,3 +39,11 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the shared data folder, which is not at {SHARED}; set JAXREASON_SHARED to it")
     return SHARED
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the annotations' checks, as a user runs it: what the package itself says to a bad argument."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

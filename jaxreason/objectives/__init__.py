@@ -1,11 +1,26 @@
-"""Objectives: reinforcement learning's losses as plain functions of arrays, for this project's loop or for yours.
+"""Objectives: the losses of reinforcement learning, and of its relatives, as plain functions of arrays.
 
-Imports jax, numpy and jaxtyping and nothing else. Start at `surrogate` (the loss and its nouns) and `algorithms` (one
-function each); the parts they are made of are in `advantages`, `coefficients`, `weights` and `kl`.
+Imports jax, numpy and jaxtyping and nothing else. Start at `surrogate` (the loss and its nouns) and `table()` (every
+algorithm, one function each, here by name); the parts they are made of are in `advantages`, `coefficients`, `kl`,
+`preferences`, `weights`, `shaping` and, for outputs that are not log-probabilities, `heads`.
 """
 
-from jaxreason.objectives import advantages, coefficients, kl, weights
-from jaxreason.objectives.algorithms import dapo, dr_grpo, grpo, reinforce, rloo, sft
+from jaxreason.objectives import (
+    advantages,
+    algorithms,
+    coefficients,
+    critics,
+    heads,
+    kl,
+    likelihoods,
+    preferences,
+    shaping,
+    weights,
+)
+from jaxreason.objectives.additions import with_entropy_bonus, with_reference_pull, with_sampler_correction
+from jaxreason.objectives.algorithms import *  # noqa: F403
+from jaxreason.objectives.critics import *  # noqa: F403
+from jaxreason.objectives.likelihoods import *  # noqa: F403
 from jaxreason.objectives.surrogate import (
     Algorithm,
     Signals,
@@ -14,26 +29,37 @@ from jaxreason.objectives.surrogate import (
     prepare,
     ratio_diagnostics,
     surrogate_loss,
+    valued_loss,
     weighted_sum,
 )
+from jaxreason.objectives.table import every_algorithm, table
 
 __all__ = [
     "Algorithm",
     "Signals",
     "advantages",
+    "algorithms",
     "coefficients",
     "combine_aux",
-    "dapo",
-    "dr_grpo",
-    "grpo",
+    "critics",
+    "every_algorithm",
+    "heads",
     "kl",
+    "likelihoods",
     "policy_loss",
+    "preferences",
     "prepare",
     "ratio_diagnostics",
-    "reinforce",
-    "rloo",
-    "sft",
+    "shaping",
     "surrogate_loss",
+    "table",
+    "valued_loss",
     "weighted_sum",
     "weights",
+    "with_entropy_bonus",
+    "with_reference_pull",
+    "with_sampler_correction",
 ]
+__all__ += likelihoods.__all__
+__all__ += algorithms.__all__
+__all__ += critics.__all__

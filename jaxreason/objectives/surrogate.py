@@ -14,12 +14,14 @@ sampling; everything here is a function of arrays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from jaxreason.objectives.arrays import check_mask, check_reward, check_segments, check_tokens, exponential, precise
 from jaxreason.objectives.kl import kl_k3, log_ratio
 from jaxreason.objectives.weights import token_mean
 
@@ -29,6 +31,9 @@ class Signals(NamedTuple):
 
     Take a micro-batch with `jax.tree.map(lambda x: x[start:stop], signals)`. `logp[p, g, t]` is the log-probability
     *of* `completion[p, g, t]`; where the mask is False, per-token leaves may hold anything.
+
+    Packed rows, several completions in one, name them in `segments`: what an algorithm does to a whole completion is
+    then done to a segment. A reward is of a row, so prepare advantage and weight first and pack them with the rest.
     """
 
     mask: Bool[Array, "P G T"]  # True where the policy chose the token, the stop token included
@@ -36,28 +41,62 @@ class Signals(NamedTuple):
     logp_behaviour: Float[Array, "P G T"] | None = None  # under the policy that sampled, as the sampler computed it
     logp_old: Float[Array, "P G T"] | None = None  # at the start of the update; None: the present policy, so ratio 1
     logp_ref: Float[Array, "P G T"] | None = None  # under the reference
+    logp_teacher: Float[Array, "P G T"] | None = None  # under a teacher, for distillation
+    value: Float[Array, "P G T"] | None = None  # the critic's V of the state before each token
+    value_behind: Float[Array, "P G"] | None = None  # the critic's V behind the last token, for truncated completions
+    greedy_reward: Float[Array, " P"] | None = None  # of the greedy completion of each problem
+    step_reward: Float[Array, "P G T"] | None = None  # process supervision, read where a step ends
+    step_end: Bool[Array, "P G T"] | None = None  # True on the last token of each reasoning step
     truncated: Bool[Array, "P G"] | None = None  # ended by the token budget
-    step_reward: Float[Array, "P G T"] | None = None  # process supervision
+    segments: Int[Array, "P G T"] | None = None  # packed rows: which completion of its row a token belongs to, 0 to T - 1
+
+
+class Card(NamedTuple):
+    """An algorithm's row in the table of methods. The tests evaluate `coefficient`, and look `weight` up in `weights`."""
+
+    data: str
+    reward: str
+    coefficient: str
+    advantage: str
+    weight: str
+    paper: str
 
 
 class Algorithm(NamedTuple):
     """An algorithm: three functions and what they need. Replace any part with `_replace`.
 
-    - `advantage(signals) -> [P, G, T]` sees the whole update batch;
+    - `advantage(signals) -> [P, G, T]` sees the whole update batch; where a coefficient needs more than one array of the
+      whole batch it is a pytree of them;
     - `coefficient(logp, signals, advantage) -> (coefficient, objective)`, each `[P, G, T]`, under the contract of
       `coefficients`, sees a slice of whole groups, with `signals.logp_old` always filled in;
-    - `weight(mask) -> [P, G, T]` sees the whole update batch.
+    - `weight(signals) -> [P, G, T]` sees the whole update batch.
     """
 
     name: str
-    advantage: Callable[[Signals], Array]
-    coefficient: Callable[[Array, Signals, Array], tuple[Array, Array]]
-    weight: Callable[[Array], Array]
-    # "reward"; "old": fill logp_old if a batch serves more than one update; "reference": fill logp_ref
+    advantage: Callable[[Signals], Any]
+    coefficient: Callable[[Array, Signals, Any], tuple[Array, Array]]
+    weight: Callable[[Signals], Array]
+    # keys of NEEDS; "old" is the one that may be missing: fill logp_old if a batch serves more than one update
     needs: frozenset[str] = frozenset()
-    group_baseline: bool = False  # the advantage compares within the group: with G = 1 it is 0 and nothing is learnt
-    # (logp, signals, advantage) -> bool [P, G, T], False where the clip drops a token; None: the algorithm has no clip
-    kept: Callable[[Array, Signals, Array], Array] | None = None
+    group_baseline: bool = False  # the advantage compares within the group: with G = 1 there is nothing to compare
+    # (logp, signals, advantage) -> bool [P, G, T], False where the clip drops or caps a token; None: no clip
+    kept: Callable[[Array, Signals, Any], Array] | None = None
+    card: Card | None = None
+
+
+# need -> the fields of Signals of which one must be there
+NEEDS = {
+    "reward": ("reward",),
+    "old": (),
+    "sampled": ("logp_old", "logp_behaviour"),
+    "behaviour": ("logp_behaviour",),
+    "reference": ("logp_ref",),
+    "teacher": ("logp_teacher",),
+    "value": ("value",),
+    "greedy": ("greedy_reward",),
+    "steps": ("step_reward",),
+    "step_end": ("step_end",),
+}
 
 
 def weighted_sum(value: Float[Array, "P G T"], weight: Float[Array, "P G T"]) -> Float[Array, ""]:
@@ -72,20 +111,31 @@ def surrogate_loss(
     """L = -sum weight * stop_gradient(coefficient) * logp. Its gradient is the algorithm's; its value means nothing.
 
     Where the weight is 0, `logp` and `coefficient` may hold anything, -inf and NaN included, and get zero gradient.
+
+    Raises ValueError if shapes differ, or are not [P, G, T].
     """
+    check_tokens(logp=logp, coefficient=coefficient, weight=weight)
+    logp = precise(logp)
+    weight, coefficient = _like(weight, logp), _like(coefficient, logp)
     used = weight != 0
-    scale = lax.stop_gradient(jnp.where(used, weight * coefficient, 0.0))
+    scale = jnp.where(used, weight * coefficient, 0.0)
     return -jnp.sum(scale * jnp.where(used, logp, 0.0))
 
 
-def prepare(algorithm: Algorithm, signals: Signals) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
+def prepare(algorithm: Algorithm, signals: Signals) -> tuple[Any, Float[Array, "P G T"]]:
     """(advantage, weight) of the *whole* update batch, both 0 on masked tokens; slice them as you slice the signals.
 
-    Raises ValueError if the algorithm needs a reward and `signals.reward` is None.
+    Raises ValueError if a field that the algorithm needs is None, if shapes do not fit, if the mask is not boolean, if a
+    group of one is to be compared with itself, or if a reward is NaN (the last one where it is not traced).
     """
-    _require(algorithm, signals, "reward", "reward")
-    advantage = jnp.where(signals.mask, algorithm.advantage(signals), 0.0)
-    return lax.stop_gradient(advantage), lax.stop_gradient(algorithm.weight(signals.mask))
+    _check(algorithm, signals)
+    if signals.segments is not None and "reward" in algorithm.needs:
+        raise ValueError(
+            f"Signals.segments is given, but algorithm {algorithm.name!r} needs a reward, and a packed row has no one reward; "
+            "prepare advantage and weight first, then pack them with the rest."
+        )
+    advantage = jax.tree.map(lambda a: lax.stop_gradient(jnp.where(signals.mask, a, 0.0)), algorithm.advantage(signals))
+    return advantage, lax.stop_gradient(algorithm.weight(signals))
 
 
 def policy_loss(
@@ -93,49 +143,72 @@ def policy_loss(
     logp: Float[Array, "P G T"],
     signals: Signals,
     *,
-    advantage: Float[Array, "P G T"],
+    advantage: Any,
     weight: Float[Array, "P G T"],
     token_weight: Float[Array, "P G T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """(loss, aux) of a slice of whole groups: the value is the textbook's, -sum w J, the gradient the surrogate's.
 
     `advantage` and `weight` come from `prepare` on the whole batch and are sliced like `signals`. Losses and gradients
-    of the slices of a batch *add up* to those of the batch: sum them, do not average them.
+    of the slices of a batch *add up* to those of the batch: sum them, do not average them. Arithmetic is in float32 or
+    wider, whatever the log-probabilities come in.
 
-    `aux` is a flat dict of scalars without gradient, and `combine_aux` merges those of the slices:
+    `aux` is a flat dict without gradient, the same names for every algorithm; `combine_aux` merges those of the slices:
 
+    - `coefficient`, [P, G, T], 0 on masked tokens;
     - `policy/objective` is sum w J = -loss;
     - `policy/ratio_mean`, `policy/clip_fraction` and, where `signals.logp_ref` is given, `policy/kl_ref` (k3, nats)
       are sums with `token_weight`, which is `weights.token_mean` of the whole batch's mask, sliced. Left out, it is
       taken from this slice's mask: right when the slice is the whole batch, and only then;
-    - all of these are summed over slices; `policy/ratio_min` and `policy/ratio_max`, over chosen tokens (1 if there
-      are none), are merged by min and max.
+    - `policy/ratio_min` and `policy/ratio_max`, over chosen tokens (1 if there are none).
 
-    Raises ValueError if shapes differ, or if the algorithm needs a reference and `signals.logp_ref` is None.
+    Raises ValueError if shapes differ, if a field that the algorithm needs is None, or if the mask is not boolean.
     """
-    for name, array in {"mask": signals.mask, "advantage": advantage, "weight": weight}.items():
-        if array.shape != logp.shape:
-            raise ValueError(
-                f"{name} has shape {array.shape} and logp has {logp.shape}, but both must be the [P, G, T] of the same "
-                "slice; cut logp, signals, advantage and weight alike."
-            )
-    _require(algorithm, signals, "reference", "logp_ref")
+    _check(algorithm, signals)
+    check_tokens(logp=logp, mask=signals.mask, weight=weight, token_weight=token_weight)
+    for leaf in jax.tree.leaves(advantage):
+        check_tokens(logp=logp, advantage=leaf)
+    logp = precise(logp)
     fixed = lax.stop_gradient(logp)
-    signals = signals._replace(
-        logp_old=fixed if signals.logp_old is None else _like(signals.logp_old, logp),
-        logp_ref=None if signals.logp_ref is None else _like(signals.logp_ref, logp),
-    )
-    advantage, weight = _like(advantage, logp), _like(weight, logp)
+    signals = _in_precision_of(logp, signals)
+    if signals.logp_old is None:
+        signals = signals._replace(logp_old=fixed)
+    advantage, weight = jax.tree.map(lambda a: _like(a, logp), advantage), _like(weight, logp)
 
     coefficient, objective = algorithm.coefficient(fixed, signals, advantage)
-    textbook = -weighted_sum(objective, weight)
-    surrogate = surrogate_loss(logp, coefficient, weight)
-    # The bracket matters: (surrogate - stop_gradient(surrogate)) is exactly 0, so the value keeps all its digits.
-    loss = textbook + (surrogate - lax.stop_gradient(surrogate))
-
+    coefficient = jnp.where(signals.mask, lax.stop_gradient(coefficient), 0.0)
+    loss = valued_loss(logp, coefficient, objective, weight)
     token_weight = token_mean(signals.mask) if token_weight is None else token_weight
-    aux = {"policy/objective": -textbook, **_watch(algorithm, fixed, signals, advantage, _like(token_weight, logp))}
-    return loss, aux
+    return loss, {
+        "coefficient": coefficient,
+        "policy/objective": -lax.stop_gradient(loss),
+        **_watch(algorithm, fixed, signals, advantage, _like(token_weight, logp)),
+    }
+
+
+def valued_loss(output: Array, coefficient: Array, objective: Array, weight: Array) -> Float[Array, ""]:
+    """-sum w J in value, -sum w GC d(output) in gradient: the loss line for any output that has a coefficient.
+
+    For log-probabilities, `policy_loss` calls it; for a head of `heads`, call it yourself. `weight` and `objective` have
+    one shape, and `output` and `coefficient` another, which is the same or has axes behind it (logits: the vocabulary).
+
+    Raises ValueError if the shapes do not fit.
+    """
+    if output.shape != coefficient.shape or weight.shape != objective.shape or output.shape[: weight.ndim] != weight.shape:
+        raise ValueError(
+            f"output {output.shape} and coefficient {coefficient.shape} must have one shape, which begins with that of weight "
+            f"{weight.shape} and objective {objective.shape}."
+        )
+    output = precise(output)
+    coefficient, objective, weight = _like(coefficient, output), _like(objective, output), _like(weight, output)
+    used = weight != 0
+    textbook = -jnp.sum(jnp.where(used, weight, 0.0) * jnp.where(used, objective, 0.0))
+    behind = tuple(range(weight.ndim, output.ndim))
+    wide_used, wide = jnp.expand_dims(used, behind), jnp.expand_dims(weight, behind)
+    scale = lax.stop_gradient(jnp.where(wide_used, wide * coefficient, 0.0))
+    surrogate = -jnp.sum(scale * jnp.where(wide_used, output, 0.0))
+    # The bracket matters: (surrogate - stop_gradient(surrogate)) is exactly 0, so the value keeps all its digits.
+    return textbook + (surrogate - lax.stop_gradient(surrogate))
 
 
 def ratio_diagnostics(
@@ -145,7 +218,7 @@ def ratio_diagnostics(
     token_weight: Float[Array, "P G T"],
 ) -> dict[str, Array]:
     """`policy/ratio_mean`, `_min` and `_max` of pi/pi_old over chosen tokens; min and max are 1 if there are none."""
-    ratio = jnp.exp(log_ratio(logp, logp_old, mask))
+    ratio = exponential(log_ratio(logp, logp_old, mask))
     empty = ~jnp.any(mask)
     return {
         "policy/ratio_mean": weighted_sum(ratio, token_weight),
@@ -155,9 +228,14 @@ def ratio_diagnostics(
 
 
 def combine_aux(aux: dict[str, Array]) -> dict[str, Array]:
-    """Merge the aux of a batch's slices, stacked on a leading axis (as `lax.scan` stacks them): min, max, else sum."""
+    """Merge the aux of a batch's slices, stacked on a leading axis (as `lax.scan` stacks them).
+
+    `_min` and `_max` by min and max, the coefficients of consecutive slices one behind the other, all else by sum.
+    """
 
     def merge(name: str, values: Array) -> Array:
+        if name == "coefficient":
+            return values.reshape(-1, *values.shape[2:])
         if name.endswith("_min"):
             return jnp.min(values, axis=0)
         if name.endswith("_max"):
@@ -167,7 +245,7 @@ def combine_aux(aux: dict[str, Array]) -> dict[str, Array]:
     return {name: merge(name, values) for name, values in aux.items()}
 
 
-def _watch(algorithm: Algorithm, logp: Array, signals: Signals, advantage: Array, token_weight: Array) -> dict[str, Array]:
+def _watch(algorithm: Algorithm, logp: Array, signals: Signals, advantage: Any, token_weight: Array) -> dict[str, Array]:
     """The diagnostics of `policy_loss`, on log-probabilities that carry no gradient."""
     assert signals.logp_old is not None
     metrics = ratio_diagnostics(logp, signals.logp_old, signals.mask, token_weight)
@@ -181,11 +259,33 @@ def _watch(algorithm: Algorithm, logp: Array, signals: Signals, advantage: Array
     return metrics
 
 
-def _require(algorithm: Algorithm, signals: Signals, need: str, field: str) -> None:
-    if need in algorithm.needs and getattr(signals, field) is None:
-        raise ValueError(f"Algorithm {algorithm.name!r} needs Signals.{field}, which is None; fill it in.")
+def _check(algorithm: Algorithm, signals: Signals) -> None:
+    """Everything about the signals that can be said before computing."""
+    for need in sorted(algorithm.needs):
+        fields = NEEDS[need]
+        if fields and all(getattr(signals, field) is None for field in fields):
+            wanted = " or ".join(f"Signals.{field}" for field in fields)
+            raise ValueError(f"Algorithm {algorithm.name!r} needs {wanted}, which is None; fill it in.")
+    per_token = ("logp_behaviour", "logp_old", "logp_ref", "logp_teacher", "value", "step_reward", "step_end")
+    check_mask(signals.mask, **{name: getattr(signals, name) for name in per_token})
+    check_segments(signals.segments, signals.mask)
+    if signals.reward is not None and "reward" in algorithm.needs:
+        check_reward(signals.reward)
+        if signals.reward.shape != signals.mask.shape[:2]:
+            raise ValueError(
+                f"Signals.reward has shape {signals.reward.shape} and Signals.mask {signals.mask.shape}, but they must be "
+                "[P, G] and [P, G, T]."
+            )
+
+
+def _in_precision_of(logp: Array, signals: Signals) -> Signals:
+    """Stored log-probabilities and rewards may come in another precision than the policy's: constants in its own."""
+
+    def constant(x: Array) -> Array:
+        return _like(x, logp) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
+
+    return jax.tree.map(constant, signals)
 
 
 def _like(array: Array, logp: Array) -> Array:
-    """A constant in the policy's precision: rewards and stored log-probabilities may come in another one."""
-    return lax.stop_gradient(array).astype(logp.dtype)
+    return lax.stop_gradient(jnp.asarray(array)).astype(logp.dtype)

@@ -26,6 +26,7 @@ from jaxreason.tasks.task import Task
 from jaxreason.training import supervised
 from jaxreason.training.collect import Scoring, make_scoring
 from jaxreason.training.evaluate import Evaluate, make_evaluate
+from jaxreason.training.step import PROVIDED
 from jaxreason.types import Problem
 
 INITIALISING = 1  # what the seed's key is folded with for random weights
@@ -65,6 +66,12 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
     if config.online.steps and "reward" not in algorithm.needs:
         raise ValueError(
             f"config.algorithm.name is '{algorithm.name}', which learns from no reward: name one that does, such as 'grpo'"
+        )
+    missing = ", ".join(sorted(algorithm.needs - PROVIDED))
+    if config.online.steps and missing:
+        raise ValueError(
+            f"config.algorithm.name is '{algorithm.name}', which needs {missing}, and the training loop provides only "
+            f"{', '.join(sorted(PROVIDED))}: name another, such as 'grpo', or use jaxreason.objectives in a loop of your own"
         )
     if config.online.updates_per_step > 1 and "old" not in algorithm.needs:
         raise ValueError(

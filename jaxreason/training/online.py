@@ -23,7 +23,7 @@ from jaxreason.data.batching import prompt_batch
 from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import Tokenizer
-from jaxreason.objectives import Algorithm, Signals, prepare
+from jaxreason.objectives import Algorithm
 from jaxreason.objectives.advantages import zero_variance
 from jaxreason.sampling.rollout import Sampled, SamplingConfig
 from jaxreason.tasks.task import Task
@@ -109,10 +109,9 @@ def make_step(
         state: TrainState, reference: Any, prompts: PromptBatch, sampled: Sampled, parts: Parts, number: jax.Array
     ) -> tuple[TrainState, Metrics, Shown]:
         reward = total_reward(scoring, parts, key(SHUFFLING, number))
-        state, metrics = update(state, reference, rollout_batch(prompts, sampled, reward))
-        advantage, _ = prepare(algorithm, Signals(mask=sampled.mask, reward=reward))
+        state, metrics, advantage = update(state, reference, rollout_batch(prompts, sampled, reward))
         metrics |= rollout_metrics(sampled, parts, reward)
-        shown = Shown(sampled.completion, sampled.mask, sampled.truncated, reward, advantage[:, :, 0], dict(parts))
+        shown = Shown(sampled.completion, sampled.mask, sampled.truncated, reward, advantage, dict(parts))
         return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
 
     def fused(state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array) -> tuple[TrainState, Metrics, Shown]:

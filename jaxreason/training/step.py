@@ -21,6 +21,8 @@ from jaxreason.objectives import Algorithm, Signals, combine_aux, policy_loss, p
 
 Metrics = dict[str, jax.Array]
 RATIO_QUANTILES = (0.01, 0.5, 0.99)
+# what an update can provide an algorithm with; a critic, a teacher and step rewards have no place in the loop yet
+PROVIDED = frozenset({"reward", "old", "sampled", "behaviour", "reference"})
 
 
 class Split(NamedTuple):
@@ -65,10 +67,13 @@ def over_microbatches(function: Callable[[Any], Any], tree: Any, *, count: int) 
 
 def make_update(
     model: Model, algorithm: Algorithm, optimizer: optax.GradientTransformation, *, temperature: float, split: Split
-) -> Callable[[TrainState, Any, RolloutBatch], tuple[TrainState, Metrics]]:
-    """update(state, reference_params, batch) -> (state, metrics): all updates that a rollout batch is used for."""
+) -> Callable[[TrainState, Any, RolloutBatch], tuple[TrainState, Metrics, jax.Array]]:
+    """update(state, reference_params, batch) -> (state, metrics, advantage): all updates that a rollout batch is used for.
 
-    def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+    The advantage is [P, G], that of each completion's first token, as the first pass over the batch saw it.
+    """
+
+    def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics, jax.Array]:
         problems = batch.completion.shape[0]
         per_update, per_micro = split.problems_per_update, split.problems_per_microbatch
         minibatches, updates = problems // per_update, split.epochs * (problems // per_update)
@@ -84,15 +89,16 @@ def make_update(
         if "old" in algorithm.needs and updates > 1:
             batch = dataclasses.replace(batch, logp_old=score(state.params))
 
-        def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, Metrics]:
+        def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
             return _update(model, algorithm, optimizer, state, part, temperature=temperature, count=per_update // per_micro)
 
         if updates == 1:
-            return one_update(state, batch)
+            state, (metrics, advantage) = one_update(state, batch)
+            return state, metrics, advantage
         parts = slices(batch, minibatches)
         order = jnp.tile(jnp.arange(minibatches), split.epochs)
-        state, metrics = jax.lax.scan(lambda s, i: one_update(s, jax.tree.map(lambda x: x[i], parts)), state, order)
-        return state, _over_updates(metrics)
+        state, (metrics, advantage) = jax.lax.scan(lambda s, i: one_update(s, jax.tree.map(lambda x: x[i], parts)), state, order)
+        return state, _over_updates(metrics), unslice(advantage[:minibatches])
 
     return update
 
@@ -120,7 +126,7 @@ def _update(
     *,
     temperature: float,
     count: int,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
     """One optimiser step on one update batch, its gradient summed over `count` micro-batches."""
     signals = Signals(
         mask=batch.mask,
@@ -130,6 +136,7 @@ def _update(
         logp_ref=batch.logp_ref,
         truncated=batch.truncated,
         step_reward=batch.step_reward,
+        segments=batch.segments,
     )
     advantage, weight = prepare(algorithm, signals)
     token_weight = weights.token_mean(signals.mask)
@@ -138,6 +145,7 @@ def _update(
         rows, signals, advantage, weight, token_weight = part
         logp, entropy = token_logp(model, params, rows, temperature=temperature)
         value, aux = policy_loss(algorithm, logp, signals, advantage=advantage, weight=weight, token_weight=token_weight)
+        del aux["coefficient"]  # [P, G, T], to be looked at elsewhere
         return value, (aux, jax.lax.stop_gradient(logp), entropy)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -164,7 +172,10 @@ def _update(
         **{name: number for name, number in aux.items() if name != "policy/objective"},
         **_rollout_metrics(algorithm, batch, logp, entropy),
     }
-    return TrainState(state.step + 1, params, opt_state, state.algorithm), metrics
+    new_state = TrainState(state.step + 1, params, opt_state, state.algorithm)
+    per_token = jax.tree.leaves(advantage)[0]  # an algorithm with more constants than an advantage has it first
+    first = jnp.argmax(batch.mask, axis=-1, keepdims=True)
+    return new_state, (metrics, jnp.take_along_axis(per_token, first, axis=-1)[..., 0])
 
 
 def _rollout_metrics(algorithm: Algorithm, batch: RolloutBatch, logp: jax.Array, entropy: jax.Array) -> Metrics:

@@ -121,7 +121,7 @@ def fit(
     split = Split(config.demonstrations_per_step, config.demonstrations_per_microbatch)
     update = make_update(model, objectives.sft(), optimizer, temperature=1.0, split=split)
     at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
-    step_fn = jax.jit(lambda s, b: update(s, None, b), donate_argnums=0, out_shardings=(at, everywhere))
+    step_fn = jax.jit(lambda s, b: update(s, None, b)[:2], donate_argnums=0, out_shardings=(at, everywhere))
     place = placer(mesh)
     ends = set(itertools.accumulate(phase.steps for phase in config.phases.values())) - {config.steps}
     progress.stage(STAGE, config.steps, start)

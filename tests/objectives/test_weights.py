@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreason.objectives.weights import constant_length, sequence_mean, sequence_sum, token_mean
+from jaxreason.objectives.weights import constant_length, group_mean, group_sum, sequence_mean, sequence_sum, token_mean
 
 WEIGHTS = [token_mean, sequence_mean, sequence_sum, partial(constant_length, max_completion_tokens=10)]
 
@@ -31,6 +31,23 @@ def test_values(weight, rows):
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_an_all_masked_batch_is_zero(weight):
     np.testing.assert_array_equal(weight(jnp.zeros((2, 3, 4), bool)), np.zeros((2, 3, 4)))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_packed_completions_weigh_what_they_weigh_apart(weight):
+    """Lengths 3, 1 and 2 in one row, between padding; ids under the padding may be anything."""
+    packed = jnp.asarray([[[True, True, True, False, True, False, True, True, False]]])
+    segments = jnp.asarray([[[0, 0, 0, 99, 3, -7, 5, 5, 5]]])
+    got = np.asarray(weight(packed, segments=segments))[0, 0]
+    apart = np.asarray(weight(jnp.asarray(MASK)))
+    np.testing.assert_allclose(got, [*[apart[0, 0, 0]] * 3, 0, apart[0, 1, 1], 0, *[apart[1, 1, 0]] * 2, 0], rtol=1e-6)
+
+
+def test_pairs_count_as_one():
+    """Two pairs, one of them padding: w = 1/1, and 1/|o| in the mean."""
+    mask = jnp.asarray([[[True, True, False], [True, False, False]], [[False] * 3] * 2])
+    np.testing.assert_allclose(group_sum(mask), mask.astype(float))
+    np.testing.assert_allclose(group_mean(mask)[0], [[0.5, 0.5, 0], [1, 0, 0]])
 
 
 def test_constant_length_checks_its_budget():
