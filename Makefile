@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
@@ -22,6 +22,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# What the documentation takes from the code: the table of methods and the figures.
+docs: $(VENV)/.installed
+	$(BIN)/python -c "import pathlib, jaxreason.objectives as o; pathlib.Path('docs/algorithms.md').write_text(o.table())"
+	$(BIN)/python docs/figures/coefficients.py
 
 # Leaves runs/ alone.
 clean:

@@ -68,7 +68,7 @@ def group_zscore(reward: Float[Array, "P G"], *, ddof: int = 0, epsilon: float =
 
     Raises ValueError if `ddof` is not 0 or 1, `epsilon` is negative, or `reward` is not [P, G] with G > 1 or holds NaN.
     """
-    _check_deviation(ddof, epsilon)
+    check_deviation(ddof, epsilon)
     centred = group_centre(reward)
     equal = zero_variance(precise(reward))[:, None]
     variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (centred.shape[1] - ddof)
@@ -117,7 +117,7 @@ def batch_whiten(
     Raises ValueError if shapes differ, `ddof` is not 0 or 1, or `epsilon` is negative.
     """
     check_mask(mask, advantage=advantage)
-    _check_deviation(ddof, epsilon)
+    check_deviation(ddof, epsilon)
     return _whiten(precise(advantage), mask, axes=(0, 1, 2), ddof=ddof, epsilon=epsilon)
 
 
@@ -221,8 +221,7 @@ def length_adaptive_gae(
 
     Raises ValueError as `gae` does, or if `alpha` is not positive.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}, but it must be positive; the paper's is 0.05.")
+    check_alpha(alpha)
     check_mask(mask, reward=reward, value=value)
     length = completion_sum(mask.astype(jnp.result_type(float)), segments)
     lambda_ = jnp.clip(1 - 1 / (alpha * jnp.maximum(length, 1)), 0.0, 1.0)
@@ -248,12 +247,19 @@ def step_returns(
     check_mask(mask, step_reward=step_reward, step_end=step_end)
     check_mask(step_end)
     check_reward(jnp.zeros(mask.shape[:2]), name="the mask's [P, G]", group=True)
-    _check_deviation(ddof, epsilon)
+    check_deviation(ddof, epsilon)
     normalised = _whiten(precise(step_reward), step_end & mask, axes=(1, 2), ddof=ddof, epsilon=epsilon)
     return return_to_go(normalised, mask)
 
 
-def _check_deviation(ddof: int, epsilon: float) -> None:
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError if VAPO's alpha is not positive."""
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}, but it must be positive; the paper's is 0.05.")
+
+
+def check_deviation(ddof: int, epsilon: float) -> None:
+    """Raises ValueError if `ddof` is not 0 or 1, or `epsilon` is negative."""
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof!r}, but it must be 0 (population std) or 1 (sample std).")
     check_range(0.0, epsilon=epsilon)

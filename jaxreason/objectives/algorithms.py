@@ -18,7 +18,7 @@ from jax import Array
 from jaxreason.objectives import advantages, coefficients, weights
 from jaxreason.objectives.additions import with_reference_pull
 from jaxreason.objectives.arrays import Scalar, check_range, exponential, given, precise
-from jaxreason.objectives.coefficients import kept_by_log_clip
+from jaxreason.objectives.coefficients import check_temperatures, kept_by_log_clip
 from jaxreason.objectives.kl import log_ratio
 from jaxreason.objectives.parts import (
     CLIPPED,
@@ -29,6 +29,7 @@ from jaxreason.objectives.parts import (
     likelihood,
     of_reward,
     of_steps,
+    of_zscore,
     spread,
 )
 from jaxreason.objectives.surrogate import Algorithm, Card, Signals
@@ -71,7 +72,7 @@ def grpo(
     """
     core = Algorithm(
         name="grpo",
-        advantage=of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon)),
+        advantage=of_zscore(ddof, epsilon),
         weight=by_mask(weights.sequence_mean),
         group_baseline=True,
         card=Card(LIVE, "any", CLIPPED, "(r - mean(r)) / std(r)", "sequence_mean", "2402.03300"),
@@ -166,7 +167,7 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, ddof: int = 0, epsil
     """
     return Algorithm(
         name="dapo",
-        advantage=of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon)),
+        advantage=of_zscore(ddof, epsilon),
         weight=by_mask(weights.token_mean),
         group_baseline=True,
         card=Card("policy, several updates old; groups neither all right nor all wrong", "rule, soft overlong penalty",
@@ -210,7 +211,7 @@ def gspo(
     """
     core = Algorithm(
         name="gspo",
-        advantage=of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon)),
+        advantage=of_zscore(ddof, epsilon),
         weight=by_mask(weights.sequence_mean),
         group_baseline=True,
         card=Card(LIVE, "any", "m_seq * s * A", "(r - mean(r)) / std(r)", "sequence_mean", "2507.18071"),
@@ -262,7 +263,7 @@ def gmpo(*, clip_low: float = 0.4, clip_high: float = 0.4, ddof: int = 0, epsilo
     check_range(0.0, clip_low=clip_low, clip_high=clip_high)
     return Algorithm(
         name="gmpo",
-        advantage=of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon)),
+        advantage=of_zscore(ddof, epsilon),
         coefficient=coefficient,
         weight=by_mask(weights.sequence_mean),
         needs=frozenset({"reward", "old"}),
@@ -292,7 +293,7 @@ def cispo(*, clip_low: float = 1.0, clip_high: float = 4.0, ddof: int = 0, epsil
     check_range(0.0, clip_low=clip_low, clip_high=clip_high)
     return Algorithm(
         name="cispo",
-        advantage=of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon)),
+        advantage=of_zscore(ddof, epsilon),
         coefficient=coefficient,
         weight=by_mask(weights.token_mean),
         needs=frozenset({"reward", "old"}),
@@ -313,9 +314,10 @@ def sapo(*, tau_positive: float = 1.0, tau_negative: float = 1.05, ddof: int = 0
             logp, given(signals.logp_old), advantage, signals.mask, tau_positive=tau_positive, tau_negative=tau_negative
         )
 
+    check_temperatures(tau_positive, tau_negative)
     return Algorithm(
         name="sapo",
-        advantage=of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon)),
+        advantage=of_zscore(ddof, epsilon),
         coefficient=coefficient,
         weight=by_mask(weights.sequence_mean),
         needs=frozenset({"reward", "old"}),

@@ -113,9 +113,7 @@ def soft_gate(logp: Tokens, logp_old: Tokens, advantage: Tokens, mask: Mask, *, 
     Raises ValueError if shapes differ, or a tau is not positive.
     """
     check_mask(mask, logp=logp, logp_old=logp_old, advantage=advantage)
-    for name, tau in {"tau_positive": tau_positive, "tau_negative": tau_negative}.items():
-        if not tau > 0:
-            raise ValueError(f"{name} is {tau}, but it must be positive.")
+    check_temperatures(tau_positive, tau_negative)
     logp = precise(logp)
     advantage = _constant(advantage, mask, logp)
     ratio = exponential(log_ratio(logp, logp_old, mask))
@@ -346,3 +344,10 @@ def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None
     check_range(0.0, clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}, but it is the largest ratio kept where A < 0, so it must be above 1.")
+
+
+def check_temperatures(tau_positive: float, tau_negative: float) -> None:
+    """Raises ValueError if a tau of the soft gate is not positive."""
+    for name, tau in {"tau_positive": tau_positive, "tau_negative": tau_negative}.items():
+        if not tau > 0:
+            raise ValueError(f"{name} is {tau}, but it must be positive.")

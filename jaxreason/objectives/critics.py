@@ -35,6 +35,7 @@ def ppo(
     KL is in the reward (InstructGPT: beta 0.02), and each completion is a mean over its tokens. The discount is
     InstructGPT's 1; lambda is the paper's 0.95, and long completions want 1. The critic is trained by `heads.value_loss`.
     """
+    check_range(0.0, 1.0, discount=discount, lambda_=lambda_)
     return Algorithm(
         name="ppo",
         advantage=lambda signals: gae_of(signals, beta, partial(advantages.gae, discount=discount, lambda_=lambda_)),
@@ -66,6 +67,8 @@ def vapo(
     the mean likelihood of all tokens of correct completions (reward > `correct_above`), a constant of the whole batch.
     """
     check_range(0.0, imitation=imitation)
+    check_range(0.0, 1.0, discount=discount)
+    advantages.check_alpha(alpha)
 
     def advantage(signals: Signals) -> Imitating:
         adaptive = partial(advantages.length_adaptive_gae, alpha=alpha, discount=discount)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +39,16 @@ def likelihood(logp: Array, signals: Signals, advantage: Array) -> tuple[Array, 
     return coefficients.likelihood(logp, advantage, signals.mask)
 
 
+def of_zscore(ddof: int, epsilon: float) -> Callable[[Signals], Array]:
+    """GRPO's advantage function; refuses a bad `ddof` now, not at the first batch."""
+    advantages.check_deviation(ddof, epsilon)
+    return of_reward(partial(advantages.group_zscore, ddof=ddof, epsilon=epsilon))
+
+
 def of_steps(ddof: int, epsilon: float) -> Callable[[Signals], Array]:
+    """The advantage function of process supervision."""
+    advantages.check_deviation(ddof, epsilon)
+
     def advantage(signals: Signals) -> Array:
         return advantages.step_returns(
             given(signals.step_reward), given(signals.step_end), signals.mask, ddof=ddof, epsilon=epsilon
