@@ -209,6 +209,10 @@ def _override(config: ConfigDict, text: str) -> None:
         return
     _known(node, leaf, path=".".join(parents))
     old = node[leaf]
+    if leaf == "kwargs" and isinstance(_literal(value), dict):
+        with node.unlocked():  # all of them anew: another function takes other arguments
+            node[leaf] = ConfigDict(_literal(value))
+        return
     if isinstance(old, ConfigDict):
         raise ValueError(f"config.{key} is a group of keys: set one of {', '.join(f'config.{key}.{name}' for name in old)}")
     new = value if isinstance(old, str) else _literal(value)
