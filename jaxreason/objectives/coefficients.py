@@ -158,7 +158,7 @@ def sequence_ratio(logp: Tokens, logp_old: Tokens, mask: Mask, *, segments: Segm
     check_mask(mask, logp=logp, logp_old=logp_old)
     check_segments(segments, mask)
     mean = _completion_mean(log_ratio(lax.stop_gradient(logp), logp_old, mask), mask, segments)
-    return exponential(jnp.where(mask, mean, 0.0))
+    return jnp.where(mask, exponential(mean), 1.0)  # one exp a completion, not one a token
 
 
 def sequence_clipped(
@@ -209,9 +209,9 @@ def geometric_mean(
     advantage = _constant(advantage, mask, logp)
     difference = log_ratio(lax.stop_gradient(logp), logp_old, mask)
     kept = kept_by_log_clip(difference, advantage, clip_low=clip_low, clip_high=clip_high)
-    bound = jnp.where(advantage > 0, jnp.full_like(difference, clip_high), -clip_low)
-    mean = _completion_mean(jnp.where(kept, difference, bound), mask, segments)
-    objective = exponential(jnp.where(mask, mean, 0.0)) * advantage
+    above, below = jnp.minimum(difference, clip_high), jnp.maximum(difference, -clip_low)
+    bounded = jnp.where(advantage > 0, above, jnp.where(advantage < 0, below, difference))
+    objective = exponential(_completion_mean(bounded, mask, segments)) * advantage
     return jnp.where(kept, objective, 0.0), objective
 
 
@@ -326,17 +326,17 @@ def _constant(advantage: Array, mask: Array, logp: Array) -> Array:
 
 def _clip_ratio(ratio: Array, advantage: Array, clip_low: float, clip_high: float, dual_clip: float | None) -> Pair:
     kept = kept_by_clip(ratio, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    bound = jnp.where(advantage > 0, jnp.full_like(ratio, 1 + clip_high), 1 - clip_low)
-    if dual_clip is not None:
-        bound = jnp.where((advantage < 0) & (ratio > dual_clip), dual_clip, bound)
+    above, below = jnp.minimum(ratio, 1 + clip_high), jnp.maximum(ratio, 1 - clip_low)
+    # the same as min(rho A, clip(rho) A), by the sign of A
+    bounded = jnp.where(advantage > 0, above, below if dual_clip is None else jnp.minimum(below, dual_clip))
     coefficient = jnp.where(kept, ratio * advantage, 0.0)
-    return lax.stop_gradient(coefficient), jnp.where(kept, ratio, bound) * advantage
+    return lax.stop_gradient(coefficient), bounded * advantage
 
 
 def _completion_mean(value: Array, mask: Array, segments: Array | None) -> Array:
     """The mean over the chosen tokens of each completion; `value` is 0 on masked tokens."""
-    count = completion_sum(mask.astype(value.dtype), segments)
-    return completion_sum(jnp.where(mask, value, 0.0), segments) / jnp.maximum(count, 1)
+    count = completion_sum(mask.astype(int), segments)  # integers, as in `weights`, so that one sum serves both
+    return completion_sum(jnp.where(mask, value, 0.0), segments) / jnp.maximum(count, 1).astype(value.dtype)
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:

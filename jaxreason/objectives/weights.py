@@ -31,8 +31,10 @@ def token_mean(mask: Mask, *, segments: Segments | None = None) -> Float[Array, 
 
 def sequence_mean(mask: Mask, *, segments: Segments | None = None) -> Float[Array, "P G T"]:
     """w = 1 / (N |o_i|): every completion counts the same (DeepSeekMath, arXiv:2402.03300, Eq. 3)."""
-    count = _completions(mask, segments)
-    return _shares(mask, count * completion_sum(mask.astype(int), segments))
+    check_mask(mask)
+    check_segments(segments, mask)
+    length = completion_totals(mask.astype(int), segments)
+    return _shares(mask, jnp.sum(length > 0) * completion_sum(mask.astype(int), segments))
 
 
 def sequence_sum(mask: Mask, *, segments: Segments | None = None) -> Float[Array, "P G T"]:
@@ -72,6 +74,8 @@ def _shares(mask: Array, denominator: Array) -> Array:
 def _completions(mask: Array, segments: Array | None) -> Array:
     check_mask(mask)
     check_segments(segments, mask)
+    if segments is None:
+        return jnp.sum(jnp.any(mask, axis=-1))
     return jnp.sum(completion_totals(mask.astype(int), segments) > 0)
 
 
