@@ -1,8 +1,10 @@
 # `make demo` trains the quickstart, `make test` runs the fast tests. Both first make .venv, once.
 # PYTHON=... chooses the interpreter; the first of python3, python3.12, python3.13, python3.11 that is new enough is used otherwise.
+# JOBS=4 tests in four processes.
 
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS := 2
 export PYTHON
 
 .PHONY: demo test test-all lint docs clean
@@ -12,10 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxreason train --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Additions: what can be put on top of any algorithm and gives an algorithm again.
+"""Additions: what can be put on top of any algorithm and gives an algorithm again, in any order.
 
 with_reference_pull(with_sampler_correction(objectives.dapo(), kind="truncate", high=2.0), beta=0.01)
 """
@@ -11,14 +11,30 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxreason.objectives.arrays import Scalar, check_choice, check_range, given
-from jaxreason.objectives.coefficients import entropy_bonus, sampler_correction
+from jaxreason.objectives.coefficients import check_correction, entropy_bonus, sampler_correction
 from jaxreason.objectives.kl import KINDS, reference_pull
 from jaxreason.objectives.surrogate import Algorithm, Signals
+
+PULLS = {
+    "k1": " - beta",
+    "k2": " - beta * l",
+    "k1_plus": " - beta * l",
+    "k3_plus": " - beta * l",
+    "k3": " + beta * (u - 1)",
+    "abs": " - beta * sign(l)",
+    "weighted_k1": " - beta * rho * (l + 1)",
+    "weighted_k2": " - beta * rho * (l + l**2 / 2)",
+    "weighted_k3": " - beta * rho * l",
+    "fixed_weight_k2": " - beta * rho * l",
+    "fixed_weight_k3_plus": " - beta * rho * l",
+    "fixed_weight_k3": " + beta * rho * (u - 1)",
+}
 
 
 def with_reference_pull(algorithm: Algorithm, *, beta: Scalar, kind: str = "k3") -> Algorithm:
     """GC + beta * pull, J - beta * KL(policy, reference), outside any clip; `kind` is one of `kl.reference_pull`'s.
 
+    It comes on top of a pull that the algorithm has: `with_reference_pull(grpo(), beta=0.01)` has two, `grpo(beta=0.01)` one.
     `beta` may be a traced array, as an adaptive one is. With a beta of 0 it is the algorithm itself, and no reference is
     needed.
 
@@ -29,15 +45,15 @@ def with_reference_pull(algorithm: Algorithm, *, beta: Scalar, kind: str = "k3")
     if not isinstance(beta, Array) and beta == 0:
         return algorithm
 
-    def coefficient(logp: Array, signals: Signals, advantage: Any) -> tuple[Array, Array]:
-        push, objective = algorithm.coefficient(logp, signals, advantage)
-        pull, minus_kl = reference_pull(logp, given(signals.logp_ref), signals.mask, kind=kind, logp_old=signals.logp_old)
-        return push + beta * pull, objective + beta * minus_kl
+    def pull(logp: Array, signals: Signals) -> tuple[Array, Array]:
+        slope, minus_kl = reference_pull(logp, given(signals.logp_ref), signals.mask, kind=kind, logp_old=signals.logp_old)
+        scale = jnp.asarray(beta, slope.dtype)
+        return scale * slope, scale * minus_kl
 
     card = algorithm.card
-    if card is not None and kind in ("k2", "k3"):
-        card = card._replace(coefficient=card.coefficient + {"k2": " - beta * l", "k3": " + beta * (u - 1)"}[kind])
-    return algorithm._replace(coefficient=coefficient, needs=algorithm.needs | {"reference"}, card=card)
+    if card is not None:
+        card = card._replace(coefficient=card.coefficient + PULLS[kind])
+    return algorithm._replace(additions=(*algorithm.additions, pull), needs=algorithm.needs | {"reference"}, card=card)
 
 
 def with_entropy_bonus(algorithm: Algorithm, *, bonus: Scalar) -> Algorithm:
@@ -47,36 +63,42 @@ def with_entropy_bonus(algorithm: Algorithm, *, bonus: Scalar) -> Algorithm:
     """
     check_range(0.0, bonus=bonus)
 
-    def coefficient(logp: Array, signals: Signals, advantage: Any) -> tuple[Array, Array]:
-        push, objective = algorithm.coefficient(logp, signals, advantage)
-        spreading, entropy = entropy_bonus(logp, given(signals.logp_old), signals.mask)
-        return push + bonus * spreading, objective + bonus * entropy
+    def spreading(logp: Array, signals: Signals) -> tuple[Array, Array]:
+        slope, entropy = entropy_bonus(logp, given(signals.logp_old), signals.mask)
+        scale = jnp.asarray(bonus, slope.dtype)
+        return scale * slope, scale * entropy
 
-    return algorithm._replace(coefficient=coefficient, needs=algorithm.needs | {"old"})
+    card = algorithm.card
+    if card is not None:
+        card = card._replace(coefficient=card.coefficient + " - bonus * rho * log_pi")
+    return algorithm._replace(additions=(*algorithm.additions, spreading), needs=algorithm.needs | {"old"}, card=card)
 
 
 def with_sampler_correction(algorithm: Algorithm, *, kind: str, low: float = 0.0, high: float = 2.0) -> Algorithm:
-    """The algorithm with its advantage times `coefficients.sampler_correction`; a pull to the reference is left as it is.
+    """GC * factor, J * factor, the factor being `coefficients.sampler_correction`; pulls and bonuses are left as they are.
 
-    Every coefficient of a reward is proportional to the advantage given its sign, and the factor is never negative, so
-    the clip falls where it did. Corrects `logp_behaviour`, what the sampler computed, to `logp_old`, what the trainer
-    does; without `logp_old`, to the present policy. Raises ValueError if the algorithm's advantage is not one array.
+    Corrects `logp_behaviour`, what the sampler computed, to `logp_old`, what the trainer does; without `logp_old`, to the
+    present policy. Where an algorithm's ratio is a whole completion's, a token's own factor multiplies its own
+    coefficient (GSPO-token's convention), which is the gradient of J only where all factors of the completion are equal.
+
+    Raises ValueError if a setting is wrong, if the algorithm corrects the sampler already, or if it learns from rows that
+    nobody sampled (demonstrations, pairs).
     """
-    check_range(0.0, low=low)
-    check_range(low, high=high)
+    check_correction(kind, low, high)
+    if "behaviour" in algorithm.needs:
+        raise ValueError(f"Algorithm {algorithm.name!r} has a sampler's correction already; a second one would count twice.")
+    if not algorithm.needs & {"reward", "steps", "teacher"}:
+        raise ValueError(f"Algorithm {algorithm.name!r} learns from rows that no sampler wrote; there is nothing to correct.")
 
     def coefficient(logp: Array, signals: Signals, advantage: Any) -> tuple[Array, Array]:
-        if not isinstance(advantage, Array):
-            raise ValueError(f"Algorithm {algorithm.name!r} has more than an advantage; correct a simpler one, such as ppo.")
+        behaviour, segments = given(signals.logp_behaviour), signals.segments
         factor = sampler_correction(
-            given(signals.logp_old),
-            given(signals.logp_behaviour),
-            signals.mask,
-            kind=kind,
-            low=low,
-            high=high,
-            segments=signals.segments,
-        )
-        return algorithm.coefficient(logp, signals, advantage * jnp.asarray(factor, advantage.dtype))
+            given(signals.logp_old), behaviour, signals.mask, kind=kind, low=low, high=high, segments=segments
+        )  # fmt: skip
+        push, objective = algorithm.coefficient(logp, signals, advantage)
+        return factor * push, factor * objective
 
-    return algorithm._replace(coefficient=coefficient, needs=algorithm.needs | {"behaviour", "old"})
+    card = algorithm.card
+    if card is not None:
+        card = card._replace(coefficient=f"factor * ({card.coefficient})")
+    return algorithm._replace(coefficient=coefficient, needs=algorithm.needs | {"behaviour", "old"}, card=card)

@@ -14,16 +14,19 @@ from the chosen token behind them to the one before them, undiminished.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxreason.objectives.arrays import (
     Scalar,
+    check_above,
     check_mask,
     check_range,
     check_reward,
     check_segments,
     completion_sum,
+    known,
     precise,
 )
 from jaxreason.objectives.kl import log_ratio
@@ -46,7 +49,8 @@ def group_centre(reward: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """
     check_reward(reward, group=True)
     reward = precise(reward)
-    centred = reward - jnp.mean(reward, axis=1, keepdims=True)
+    moved = reward - reward[:, :1]  # exact for what is near: an offset that all rewards share takes no digits from the mean
+    centred = moved - jnp.mean(moved, axis=1, keepdims=True)
     return jnp.where(zero_variance(reward)[:, None], 0.0, centred)
 
 
@@ -84,7 +88,7 @@ def relative_to_mean(reward: Float[Array, "P G"]) -> Float[Array, "P G"]:
     Raises ValueError if `reward` is not [P, G] with G > 1, or holds NaN or, where it is concrete, a negative number.
     """
     centred = group_centre(reward)
-    check_range(0.0, smallest_reward=jnp.min(reward, initial=0.0))
+    check_range(0.0, reward=jnp.min(reward))
     mean = jnp.mean(precise(reward), axis=1, keepdims=True)
     return centred / jnp.where(mean > 0, mean, 1.0)
 
@@ -101,7 +105,8 @@ def greedy_baseline(reward: Float[Array, "P G"], greedy_reward: Float[Array, " P
             "[P, G]: one greedy completion a problem."
         )
     check_reward(greedy_reward[:, None], name="greedy_reward")
-    return precise(reward) - precise(greedy_reward)[:, None]
+    reward = precise(reward)
+    return reward - precise(greedy_reward).astype(reward.dtype)[:, None]
 
 
 # ------------------------------------------------- one number a token
@@ -158,7 +163,8 @@ def kl_in_reward(
     check_range(0.0, beta=beta)
     check_mask(mask, logp=logp, logp_ref=logp_ref)
     placed = at_last_token(reward, mask)
-    return placed - beta * lax.stop_gradient(log_ratio(logp, logp_ref, mask)).astype(placed.dtype)
+    divergence = lax.stop_gradient(log_ratio(logp, logp_ref, mask)).astype(placed.dtype)
+    return placed - jnp.asarray(beta, placed.dtype) * divergence
 
 
 def return_to_go(
@@ -193,7 +199,9 @@ def gae(
     """
     check_mask(mask, reward=reward, value=value)
     check_segments(segments, mask)
-    check_range(0.0, 1.0, discount=discount, lambda_=lambda_ if isinstance(lambda_, int | float) else None)
+    check_range(0.0, 1.0, discount=discount, lambda_=lambda_)
+    if segments is not None and bootstrap is not None:
+        raise ValueError("segments and bootstrap are given, but a packed row has no one state behind its last token; unpack it.")
     value = jnp.where(mask, precise(value), 0.0)
     reward = jnp.where(mask, precise(reward).astype(value.dtype), 0.0)
     follows, index = _follows(mask, segments)
@@ -245,7 +253,13 @@ def step_returns(
     Raises ValueError if shapes differ, if G is 1, or if `ddof` is not 0 or 1.
     """
     check_mask(mask, step_reward=step_reward, step_end=step_end)
-    check_mask(step_end)
+    check_mask(step_end, name="step_end", meaning="a step ends")
+    if known(step_reward) and known(step_end) and known(mask):
+        rewards = np.asarray(step_reward, np.float64)
+        bad = np.argwhere(np.asarray(step_end) & np.asarray(mask) & ~np.isfinite(rewards))
+        if bad.size:
+            place = tuple(int(i) for i in bad[0])
+            raise ValueError(f"step_reward is {rewards[place]} at {place} ([P, G, T]), where a step ends; give it a finite number.")
     check_reward(jnp.zeros(mask.shape[:2]), name="the mask's [P, G]", group=True)
     check_deviation(ddof, epsilon)
     normalised = _whiten(precise(step_reward), step_end & mask, axes=(1, 2), ddof=ddof, epsilon=epsilon)
@@ -254,8 +268,7 @@ def step_returns(
 
 def check_alpha(alpha: float) -> None:
     """Raises ValueError if VAPO's alpha is not positive."""
-    if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}, but it must be positive; the paper's is 0.05.")
+    check_above(0.0, "; the paper's is 0.05", alpha=alpha)
 
 
 def check_deviation(ddof: int, epsilon: float) -> None:
@@ -274,6 +287,9 @@ def _whiten(value: Array, where: Array, *, axes: tuple[int, ...], ddof: int, eps
     smallest = jnp.min(value, axis=axes, keepdims=True, where=where, initial=jnp.inf)
     equal = largest <= smallest  # an empty set too
     centred = jnp.where(where & ~equal, value - mean, 0.0)
+    # once more, for what the first mean lost to rounding where all values are far from 0
+    again = jnp.sum(centred, axis=axes, keepdims=True) / jnp.maximum(count, 1)
+    centred = jnp.where(where & ~equal, centred - again, 0.0)
     variance = jnp.sum(jnp.square(centred), axis=axes, keepdims=True) / jnp.maximum(count - ddof, 1)
     return centred / (jnp.sqrt(jnp.where(equal, 1.0, variance)) + epsilon)
 
@@ -300,9 +316,24 @@ def _recurrence(increment: Array, decay: Array, mask: Array, segments: Array | N
     """x_t = increment_t + decay_t x_next, next being the next chosen token of the completion; masked slots pass x on."""
     follows, _ = _follows(mask, segments)
     decay = jnp.where(mask, jnp.where(follows, decay, 0.0), 1.0)
+    return lax.platform_dependent(decay, increment, cpu=_token_by_token, default=_by_doubling)
+
+
+def _token_by_token(decay: Array, increment: Array) -> Array:
+    """x_t = increment_t + decay_t x_{t+1}, as a loop: what is quick on a CPU."""
+
+    def step(behind: Array, here: tuple[Array, Array]) -> tuple[Array, Array]:
+        x = here[1] + here[0] * behind
+        return x, x
+
+    rows = jnp.moveaxis(decay, -1, 0), jnp.moveaxis(increment, -1, 0)
+    return jnp.moveaxis(lax.scan(step, jnp.zeros_like(rows[1][0]), rows, reverse=True)[1], 0, -1)
+
+
+def _by_doubling(decay: Array, increment: Array) -> Array:
+    """The same in log T steps, each of them on all tokens: what is quick on an accelerator."""
 
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
         return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
 
-    axis = increment.ndim - 1
-    return lax.associative_scan(compose, (decay, increment), axis=axis, reverse=True)[1]
+    return lax.associative_scan(compose, (decay, increment), axis=increment.ndim - 1, reverse=True)[1]

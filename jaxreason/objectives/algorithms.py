@@ -140,13 +140,10 @@ def lite_ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, epsilon: float = 
 
     def advantage(signals: Signals) -> Array:
         reward = precise(given(signals.reward))
-        present = jnp.any(signals.mask, axis=-1)  # an empty row is padding: its reward is not of the batch
-        count = jnp.maximum(jnp.sum(present), 1).astype(reward.dtype)
-        deviation = jnp.where(present, reward - jnp.sum(jnp.where(present, reward, 0.0)) / count, 0.0)
-        std = jnp.sqrt(jnp.sum(jnp.square(deviation)) / count)
-        # where a group differs at all, so does the batch: only batches of all-equal rewards have std 0, and those centre to 0
-        centred = advantages.group_centre(reward)
-        return spread(jnp.where(centred == 0, 0.0, centred / (std + epsilon)), signals)
+        # the rewards of the batch are those of its groups, as in the groups' means: only an empty group is padding
+        present = jnp.broadcast_to(jnp.any(signals.mask, axis=(1, 2))[:, None, None], (*reward.shape, 1))
+        scaled = advantages.batch_whiten(reward[:, :, None], present, epsilon=epsilon)[:, :, 0]
+        return spread(advantages.group_centre(scaled), signals)
 
     return Algorithm(
         name="lite_ppo",

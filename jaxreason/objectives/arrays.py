@@ -15,8 +15,8 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
-# e^80 is finite in float32, and so is its product with any advantage; a ratio beyond it carries no information
-LARGEST_LOG_RATIO = 80.0
+# e^40 is about 2e17: two such ratios times an advantage are finite in float32, and a ratio beyond it says nothing more
+LARGEST_LOG_RATIO = 40.0
 
 Scalar = float | Float[Array, ""]  # a hyper-parameter that may be traced, as an adaptive one is
 
@@ -36,14 +36,14 @@ def given(array: Array | None) -> Array:
 
 
 def exponential(log_ratio: Array) -> Array:
-    """exp, held at e^80: finite for any log-ratio. Coefficients are written out, so holding it cuts no gradient."""
+    """exp, held at e^40: finite for any log-ratio. Coefficients are written out, so holding it cuts no gradient."""
     return jnp.exp(jnp.minimum(log_ratio, LARGEST_LOG_RATIO))
 
 
 def completion_totals(value: Array, segments: Array | None) -> Array:
     """The sum over each completion: [P, G, 1], or [P, G, T] by segment id where `segments` names completions.
 
-    `value` must be 0 on masked tokens. The ids of a row's segments are integers from 0 to T - 1.
+    `value` must be 0 on masked tokens. The ids of a row's segments are integers from 0 to T - 1; what has another is lost.
     """
     if segments is None:
         return jnp.sum(value, axis=-1, keepdims=True)
@@ -55,9 +55,12 @@ def completion_totals(value: Array, segments: Array | None) -> Array:
 
 
 def completion_sum(value: Array, segments: Array | None) -> Array:
-    """The sum over the completion that each token belongs to: [P, G, 1], or [P, G, T] where rows are packed."""
+    """The sum over the completion that each token belongs to: [P, G, 1], or [P, G, T] where rows are packed.
+
+    For floats: a traced id that is out of range gives NaN, which is loud.
+    """
     totals = completion_totals(value, segments)
-    return totals if segments is None else jnp.take_along_axis(totals, jnp.clip(segments, 0, value.shape[-1] - 1), axis=-1)
+    return totals if segments is None else jnp.take_along_axis(totals, segments, axis=-1, mode="fill")
 
 
 def known(value: Any) -> bool:
@@ -86,14 +89,14 @@ def check_tokens(**arrays: Any) -> None:
             )
 
 
-def check_mask(mask: Any, **arrays: Any) -> None:
+def check_mask(mask: Any, *, name: str = "mask", meaning: str = "the policy chose the token", **arrays: Any) -> None:
     """A boolean mask of the shape of the per-token arrays. Raises ValueError."""
-    if jnp.asarray(mask).dtype != jnp.bool_:
+    if mask is None or jnp.result_type(mask) != jnp.bool_:
+        found = "is None" if mask is None else f"has dtype {jnp.result_type(mask)}"
         raise ValueError(
-            f"mask has dtype {jnp.asarray(mask).dtype}, but it must be boolean, True where the policy chose the token; "
-            "turn 0 and 1 into one with mask > 0."
+            f"{name} {found}, but it must be a boolean array, True where {meaning}; turn 0 and 1 into one with {name} > 0."
         )
-    check_tokens(**arrays, mask=mask)
+    check_tokens(**arrays, **{name: mask})
 
 
 def check_segments(segments: Any, mask: Any) -> None:
@@ -101,19 +104,24 @@ def check_segments(segments: Any, mask: Any) -> None:
     if segments is None:
         return
     check_tokens(mask=mask, segments=segments)
-    if not jnp.issubdtype(jnp.asarray(segments).dtype, jnp.integer):
-        raise ValueError(f"segments has dtype {jnp.asarray(segments).dtype}, but it must be integers, one id a completion.")
-    if known(segments) and known(mask):
-        ids = np.asarray(segments)[np.asarray(mask)]
-        if ids.size and (ids.min() < 0 or ids.max() >= mask.shape[-1]):
+    if not jnp.issubdtype(jnp.result_type(segments), jnp.integer):
+        raise ValueError(f"segments has dtype {jnp.result_type(segments)}, but it must be integers, one id a completion.")
+    if not (known(segments) and known(mask)):
+        return
+    tokens = mask.shape[-1]
+    for row, chosen in zip(np.asarray(segments).reshape(-1, tokens), np.asarray(mask).reshape(-1, tokens), strict=True):
+        ids = row[chosen]
+        if ids.size and (ids.min() < 0 or ids.max() >= tokens):
             raise ValueError(
-                f"segments holds ids from {ids.min()} to {ids.max()}, but a row of T = {mask.shape[-1]} tokens numbers its "
-                "completions from 0 to T - 1; number them anew in each row."
+                f"segments holds ids from {ids.min()} to {ids.max()}, but a row of T = {tokens} tokens numbers its completions "
+                "from 0 to T - 1; number them anew in each row."
             )
+        if ids.size and np.count_nonzero(np.diff(ids)) + 1 != len(np.unique(ids)):
+            raise ValueError(f"segments holds {ids.tolist()} in a row, but a completion's tokens stand together; sort them.")
 
 
 def check_reward(reward: Any, *, name: str = "reward", group: bool = False) -> None:
-    """[P, G], without NaN where it is concrete, and with G > 1 if `group`. Raises ValueError."""
+    """[P, G], finite where it is concrete, and with G > 1 if `group`. Raises ValueError."""
     shape = jnp.shape(reward)
     if len(shape) != 2:
         raise ValueError(
@@ -126,9 +134,11 @@ def check_reward(reward: Any, *, name: str = "reward", group: bool = False) -> N
             "more of each problem, or take an algorithm without a group baseline."
         )
     if known(reward):
-        bad = np.argwhere(np.isnan(np.asarray(reward, np.float64)))
+        values = np.asarray(reward, np.float64)
+        bad = np.argwhere(~np.isfinite(values))
         if bad.size:
-            raise ValueError(f"{name} is NaN at {tuple(int(i) for i in bad[0])} ([P, G]); give every completion a number.")
+            place = tuple(int(i) for i in bad[0])
+            raise ValueError(f"{name} is {values[place]} at {place} ([P, G]); give every completion a finite number.")
 
 
 def check_pairs(array: Any, *, name: str) -> None:
@@ -139,13 +149,20 @@ def check_pairs(array: Any, *, name: str) -> None:
 
 
 def check_range(minimum: float | None, maximum: float | None = None, /, **values: Any) -> None:
-    """Each concrete value lies in [minimum, maximum]. Raises ValueError with the value."""
+    """Each concrete value, number or array, lies in [minimum, maximum]. Raises ValueError with the value."""
     for name, value in values.items():
         if value is None or not known(value):
             continue
-        if not ((minimum is None or value >= minimum) and (maximum is None or value <= maximum)):
+        if not ((minimum is None or np.all(value >= minimum)) and (maximum is None or np.all(value <= maximum))):
             wanted = f"{minimum} or more" if maximum is None else f"between {minimum} and {maximum}"
             raise ValueError(f"{name} is {value}, but it must be {wanted}.")
+
+
+def check_above(bound: float, /, why: str = "", **values: Any) -> None:
+    """Each concrete value is above the bound. Raises ValueError with the value."""
+    for name, value in values.items():
+        if value is not None and known(value) and not value > bound:
+            raise ValueError(f"{name} is {value}, but it must be above {bound:g}{why}.")
 
 
 def check_choice(choices: tuple[str, ...], **values: str) -> None:

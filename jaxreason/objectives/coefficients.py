@@ -8,9 +8,9 @@ The contract. Every function returns `(coefficient, objective)`, both `[P, G, T]
 
 Masked entries of any log-probability may hold anything, -inf and NaN included. Clips are written as masks:
 at a tie `jnp.minimum` and `jnp.clip` split the gradient, so exactly at the boundary they give 0.75 A, which is no one's
-convention. Here the boundary itself is kept. Ratios are held at e^80, and arithmetic is float32 or wider.
+convention. Here the boundary itself is kept. Ratios are held at e^40, and arithmetic is float32 or wider.
 
-Pulls to a reference policy are in `kl`, preferences in `preferences`.
+`reference_pull` and `preference` keep the same contract; they are at home in `kl` and `preferences`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jaxreason.objectives.arrays import (
+    check_above,
     check_choice,
     check_mask,
     check_range,
     check_segments,
     completion_sum,
     exponential,
+    known,
     precise,
 )
 from jaxreason.objectives.kl import log_ratio, reference_pull
+from jaxreason.objectives.preferences import preference as preference
 
 Tokens = Float[Array, "P G T"]
 Mask = Bool[Array, "P G T"]
@@ -42,7 +45,8 @@ def likelihood(logp: Tokens, advantage: Tokens, mask: Mask) -> Pair:
     check_mask(mask, logp=logp, advantage=advantage)
     logp = precise(logp)
     coefficient = _constant(advantage, mask, logp)
-    return coefficient, coefficient * jnp.where(mask, logp, 0.0)
+    # a token of probability 0 that nobody pushes costs nothing
+    return coefficient, coefficient * jnp.where(mask & (coefficient != 0), logp, 0.0)
 
 
 # ------------------------------------------------- ratios, token by token
@@ -142,6 +146,7 @@ def decoupled(
 
     Raises ValueError if shapes differ, a clip is negative, or `cap` is not positive.
     """
+    check_above(0.0, cap=cap)
     factor = sampler_correction(logp_old, logp_behaviour, mask, kind="truncate", high=jnp.inf if cap is None else cap)
     coefficient, objective = clipped(logp, logp_old, advantage, mask, clip_low=clip_low, clip_high=clip_high)
     return factor.astype(coefficient.dtype) * coefficient, factor.astype(coefficient.dtype) * objective
@@ -211,7 +216,7 @@ def geometric_mean(
     kept = kept_by_log_clip(difference, advantage, clip_low=clip_low, clip_high=clip_high)
     above, below = jnp.minimum(difference, clip_high), jnp.maximum(difference, -clip_low)
     bounded = jnp.where(advantage > 0, above, jnp.where(advantage < 0, below, difference))
-    objective = exponential(_completion_mean(bounded, mask, segments)) * advantage
+    objective = jnp.where(mask, exponential(_completion_mean(bounded, mask, segments)) * advantage, 0.0)
     return jnp.where(kept, objective, 0.0), objective
 
 
@@ -295,13 +300,12 @@ def sampler_correction(
 
     A constant, 0 on masked tokens. Dropped tokens stay in the weight's denominator, so dropping many shrinks the step.
 
-    Raises ValueError if `kind` is unknown, shapes differ, or `low` and `high` are not 0 <= low <= high.
+    Raises ValueError if `kind` is unknown, shapes differ, `low` and `high` are not 0 <= low <= high, or `low` is given to a
+    kind without a lower bound.
     """
-    check_choice(("truncate", "band", "sequence_truncate", "sequence_mask", "sequence_mean_mask"), kind=kind)
+    check_correction(kind, low, high)
     check_mask(mask, logp_old=logp_old, logp_behaviour=logp_behaviour)
     check_segments(segments, mask)
-    check_range(0.0, low=low)
-    check_range(low, high=high)
     difference = log_ratio(lax.stop_gradient(logp_old), logp_behaviour, mask)
     ratio = exponential(difference)
     if kind == "truncate":
@@ -335,19 +339,28 @@ def _clip_ratio(ratio: Array, advantage: Array, clip_low: float, clip_high: floa
 
 def _completion_mean(value: Array, mask: Array, segments: Array | None) -> Array:
     """The mean over the chosen tokens of each completion; `value` is 0 on masked tokens."""
-    count = completion_sum(mask.astype(int), segments)  # integers, as in `weights`, so that one sum serves both
+    if segments is None:
+        count = jnp.sum(mask, axis=-1, keepdims=True)  # integers, as in `weights`, so that one sum serves both
+    else:
+        count = completion_sum(mask.astype(value.dtype), segments)
     return completion_sum(jnp.where(mask, value, 0.0), segments) / jnp.maximum(count, 1).astype(value.dtype)
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
     """Raises ValueError if a clip is negative, or `dual_clip` is not above 1."""
     check_range(0.0, clip_low=clip_low, clip_high=clip_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip is {dual_clip}, but it is the largest ratio kept where A < 0, so it must be above 1.")
+    check_above(1.0, ", being the largest ratio kept where A < 0", dual_clip=dual_clip)
 
 
 def check_temperatures(tau_positive: float, tau_negative: float) -> None:
     """Raises ValueError if a tau of the soft gate is not positive."""
-    for name, tau in {"tau_positive": tau_positive, "tau_negative": tau_negative}.items():
-        if not tau > 0:
-            raise ValueError(f"{name} is {tau}, but it must be positive.")
+    check_above(0.0, tau_positive=tau_positive, tau_negative=tau_negative)
+
+
+def check_correction(kind: str, low: float, high: float) -> None:
+    """Raises ValueError if a sampler correction's settings are wrong."""
+    check_choice(("truncate", "band", "sequence_truncate", "sequence_mask", "sequence_mean_mask"), kind=kind)
+    check_range(0.0, low=low)
+    check_range(low, high=high)
+    if kind.endswith("truncate") and known(low) and low != 0:
+        raise ValueError(f"low is {low}, but kind {kind!r} has no lower bound; leave it out, or take a band or a mask.")

@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxreason.objectives import advantages, coefficients, weights
 from jaxreason.objectives.additions import with_reference_pull
-from jaxreason.objectives.arrays import Scalar, check_range, given, precise
+from jaxreason.objectives.arrays import Scalar, check_above, check_range, given, precise
 from jaxreason.objectives.parts import CLIPPED, LIVE, by_mask, clipped_ratio, gae_of, in_reward_needs, spread, token_reward
 from jaxreason.objectives.surrogate import Algorithm, Card, Signals
 
@@ -153,6 +153,7 @@ def decoupled_ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, cap: float |
     does not say its weight: token mean is taken. `cap` bounds the first ratio; the paper has no bound.
     """
     check_range(0.0, epsilon=epsilon)
+    check_above(0.0, cap=cap)
 
     def advantage(signals: Signals) -> Array:
         return advantages.batch_whiten(spread(precise(given(signals.reward)), signals), signals.mask, epsilon=epsilon)

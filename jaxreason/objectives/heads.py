@@ -95,13 +95,14 @@ def value_loss(
     if (clip is None) != (value_old is None):
         raise ValueError(f"clip is {clip} and value_old is {'not ' if value_old is None else ''}given: give both, or neither.")
     check_range(0.0, clip=clip)
-    value = lax.stop_gradient(precise(value))
-    gap = jnp.where(mask, precise(returns).astype(value.dtype) - value, 0.0)
+    value = lax.stop_gradient(jnp.where(mask, precise(value), 0.0))
+    returns = jnp.where(mask, precise(returns), 0.0).astype(value.dtype)
+    gap = returns - value
     if value_old is None or clip is None:
         return gap, -0.5 * jnp.square(gap)
-    old = precise(value_old).astype(value.dtype)
-    clipped_gap = jnp.where(mask, precise(returns).astype(value.dtype) - jnp.clip(value, old - clip, old + clip), 0.0)
-    inside = jnp.where(mask, jnp.abs(value - old) <= clip, False)
+    old = jnp.where(mask, precise(value_old), 0.0).astype(value.dtype)
+    clipped_gap = returns - jnp.clip(value, old - clip, old + clip)
+    inside = jnp.abs(value - old) <= clip
     coefficient = jnp.where(inside | (jnp.square(gap) > jnp.square(clipped_gap)), gap, 0.0)
     return coefficient, -0.5 * jnp.maximum(jnp.square(gap), jnp.square(clipped_gap))
 
@@ -127,7 +128,8 @@ def full_reverse_kl(
 ) -> tuple[Float[Array, "P G T V"], Float[Array, "P G T"]]:
     """J = -KL(pi || pi_T) of each token's whole law, GC_v = -pi(v) (log(pi(v)/pi_T(v)) - KL) (our derivation).
 
-    On-policy distillation with the teacher's logits; `coefficients.reverse_kl` is its estimate from one token.
+    On-policy distillation with the teacher's logits; `coefficients.reverse_kl` is its estimate from one token. Infinite where
+    the teacher excludes a token (a logit of -inf) that the student does not.
 
     Raises ValueError if shapes differ.
     """
@@ -146,8 +148,9 @@ def _cross_entropy(logit: Array, label: Array, mask: Array) -> tuple[Array, Arra
             f"{jnp.asarray(mask).dtype}, but they must be of one shape, and the mask boolean."
         )
     logit = lax.stop_gradient(precise(logit))
-    label = jnp.where(mask, precise(label).astype(logit.dtype), 0.0)
-    check_range(0.0, 1.0, smallest_label=jnp.min(label, initial=0.0), largest_label=jnp.max(label, initial=0.0))
+    label = jnp.where(mask, precise(label), 0.0).astype(logit.dtype)
+    check_range(0.0, 1.0, label=jnp.min(label, initial=0.0))
+    check_range(0.0, 1.0, label=jnp.max(label, initial=0.0))
     logit = jnp.where(mask, logit, 0.0)
     objective = label * jax.nn.log_sigmoid(logit) + (1 - label) * jax.nn.log_sigmoid(-logit)
     return jnp.where(mask, label - jax.nn.sigmoid(logit), 0.0), jnp.where(mask, objective, 0.0)

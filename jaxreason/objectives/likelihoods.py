@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxreason.objectives import advantages, coefficients, preferences, weights
-from jaxreason.objectives.arrays import Scalar, check_choice, check_pairs, check_range, given, precise
+from jaxreason.objectives.arrays import Scalar, check_pairs, given, precise
 from jaxreason.objectives.kl import log_ratio
 from jaxreason.objectives.parts import by_mask, in_reward_needs, likelihood, of_reward, sampled_logp, spread
 from jaxreason.objectives.surrogate import Algorithm, Card, Signals
@@ -100,7 +100,7 @@ def rloo(*, beta: Scalar = 0.0) -> Algorithm:
         reward = precise(given(signals.reward))
         if regularising:
             divergence = jnp.sum(log_ratio(sampled_logp(signals), given(signals.logp_ref), signals.mask), axis=-1)
-            reward = reward - beta * divergence.astype(reward.dtype)
+            reward = reward - jnp.asarray(beta, reward.dtype) * divergence.astype(reward.dtype)
         return spread(advantages.leave_one_out(reward), signals)
 
     return Algorithm(
@@ -132,17 +132,15 @@ def dpo(*, beta: float = 0.1, loss: str = "sigmoid", margin: str = "sum", label_
     DPO, arXiv:2305.18290, Eq. 7 (`margin="sum"`, w = 1/P), and DeepSeekMath's length-normalised Eq. 12 (`margin="mean"`,
     w = 1/(P |o|)); `loss` is "sigmoid", "ipo", "hinge" or "robust". See `preferences.preference`.
     """
-    check_choice(preferences.LOSSES, loss=loss)
-    check_choice(preferences.MARGINS, margin=margin)
-    check_range(0.0, beta=beta, label_smoothing=label_smoothing)
+    preferences.check_settings(beta=beta, loss=loss, margin=margin, label_smoothing=label_smoothing)
 
     def advantage(signals: Signals) -> Array:
         check_pairs(signals.mask, name="Signals.mask")
+        _check_unpacked(signals)
         return jnp.broadcast_to(jnp.asarray([1.0, -1.0], jnp.result_type(float))[None, :, None], signals.mask.shape)
 
     def coefficient(logp: Array, signals: Signals, advantage: Array) -> tuple[Array, Array]:
-        if signals.segments is not None:
-            raise ValueError("Signals.segments is given, but a preference is a pair of rows, [P, 2, T]; do not pack pairs.")
+        _check_unpacked(signals)
         return preferences.preference(
             logp, given(signals.logp_ref), signals.mask, beta=beta, loss=loss, margin=margin, label_smoothing=label_smoothing
         )
@@ -183,6 +181,11 @@ def on_policy_distillation() -> Algorithm:
         needs=frozenset({"teacher", "old"}),
         card=Card("policy", "teacher's log-probability", "rho * (log_teacher - log_pi)", "1", "token_mean", "2306.13649"),
     )
+
+
+def _check_unpacked(signals: Signals) -> None:
+    if signals.segments is not None:
+        raise ValueError("Signals.segments is given, but a preference is a pair of rows, [P, 2, T]; do not pack pairs.")
 
 
 def _ones(signals: Signals) -> Array:

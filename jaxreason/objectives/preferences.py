@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from jaxreason.objectives.arrays import check_choice, check_mask, check_pairs, check_range
+from jaxreason.objectives.arrays import Scalar, check_above, check_choice, check_mask, check_pairs, check_range
 from jaxreason.objectives.kl import log_ratio
 
 LOSSES = ("sigmoid", "ipo", "hinge", "robust")
@@ -44,18 +44,11 @@ def preference(
     its weighted sum is the mean over pairs.
 
     Raises ValueError if arrays are not pairs, shapes differ, a name is unknown, `beta` is not positive, or
-    `label_smoothing` is not in [0, 0.5).
+    `label_smoothing` is not in [0, 0.5), or not 0 with another loss than "robust".
     """
-    check_choice(LOSSES, loss=loss)
-    check_choice(MARGINS, margin=margin)
+    check_settings(beta=beta, loss=loss, margin=margin, label_smoothing=label_smoothing)
     check_mask(mask, logp=logp, logp_ref=logp_ref)
     check_pairs(mask, name="mask")
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}, but it must be positive; DPO's usual one is 0.1.")
-    check_range(0.0, label_smoothing=label_smoothing)
-    if not label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}, but it is the share of wrong labels, below 0.5.")
-
     difference = log_ratio(lax.stop_gradient(logp), logp_ref, mask)
     lengths = jnp.maximum(jnp.sum(mask, axis=-1), 1).astype(difference.dtype)
     whole = jnp.sum(difference, axis=-1)
@@ -81,3 +74,17 @@ def preference(
         shares = jnp.sum(jnp.any(mask, axis=-1, keepdims=True), axis=1, keepdims=True)
     objective = jnp.where(mask, value / jnp.maximum(shares, 1).astype(difference.dtype), 0.0)
     return coefficient, objective
+
+
+def check_settings(*, beta: Scalar, loss: str, margin: str, label_smoothing: float) -> None:
+    """Raises ValueError if a preference's settings are wrong."""
+    check_choice(LOSSES, loss=loss)
+    check_choice(MARGINS, margin=margin)
+    check_above(0.0, "; DPO's usual one is 0.1", beta=beta)
+    check_range(0.0, label_smoothing=label_smoothing)
+    if not label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}, but it is the share of wrong labels, below 0.5.")
+    if label_smoothing and loss != "robust":
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}, but loss {loss!r} has none; set loss to 'robust', or leave it out."
+        )

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from jaxreason.objectives.advantages import group_zscore
-from jaxreason.objectives.arrays import check_range, precise
+from jaxreason.objectives.arrays import check_above, check_range, precise
 
 Lengths = Float[Array, "P G"] | Integer[Array, "P G"]
 
@@ -38,8 +38,9 @@ def kimi_length(length: Lengths, correct: Bool[Array, "P G"]) -> Float[Array, "P
     Kimi k1.5, arXiv:2501.12599, section 2.3.3: 0 for all where all lengths are equal. Add it to the reward times a weight,
     which the paper keeps at 0 at first.
 
-    Raises ValueError if shapes differ.
+    Raises ValueError if shapes differ, or if `correct` is not boolean [P, G].
     """
+    _check_correct(correct)
     if jnp.shape(length) != jnp.shape(correct):
         raise ValueError(f"length has shape {jnp.shape(length)} and correct {jnp.shape(correct)}, but both must be [P, G].")
     length = precise(length)
@@ -63,7 +64,8 @@ def normalise_then_sum(
         raise ValueError(f"parts have shape {jnp.shape(parts)} and weight {jnp.shape(weight)}; they must be [P, G, R] and [R].")
     parts = precise(parts)
     scores = [group_zscore(parts[:, :, k], ddof=ddof, epsilon=epsilon) for k in range(parts.shape[2])]
-    return sum((precise(weight)[k].astype(parts.dtype) * score for k, score in enumerate(scores)), jnp.zeros(parts.shape[:2]))
+    weight = precise(weight).astype(parts.dtype)
+    return sum((weight[k] * score for k, score in enumerate(scores)), jnp.zeros_like(parts[:, :, 0]))
 
 
 def dynamic_sampling(correct: Bool[Array, "P G"]) -> Bool[Array, " P"]:
@@ -75,13 +77,8 @@ def dynamic_sampling(correct: Bool[Array, "P G"]) -> Bool[Array, " P"]:
 
     Raises ValueError if `correct` is not boolean [P, G].
     """
-    array = jnp.asarray(correct)
-    if array.dtype != jnp.bool_ or array.ndim != 2:
-        raise ValueError(
-            f"correct has dtype {array.dtype} and shape {array.shape}, but it must be boolean [P, G]; turn rewards into it with "
-            "reward > 0."
-        )
-    return jnp.any(array, axis=1) & ~jnp.all(array, axis=1)
+    _check_correct(correct)
+    return jnp.any(correct, axis=1) & ~jnp.all(correct, axis=1)
 
 
 def without_truncated(mask: Bool[Array, "P G T"], truncated: Bool[Array, "P G"]) -> Bool[Array, "P G T"]:
@@ -101,8 +98,15 @@ def adaptive_kl(beta: Float[Array, ""] | float, kl: Float[Array, ""], *, target:
 
     Raises ValueError if `target` is not positive, or `gain` is negative.
     """
-    if not target > 0:
-        raise ValueError(f"target is {target}, but it is a divergence in nats to be held, so it must be positive.")
+    check_above(0.0, ", being a divergence in nats", target=target)
     check_range(0.0, gain=gain)
     error = jnp.clip(precise(kl) / target - 1, -0.2, 0.2)
     return jnp.asarray(beta, error.dtype) * (1 + gain * error)
+
+
+def _check_correct(correct: Array) -> None:
+    dtype, shape = jnp.result_type(correct), jnp.shape(correct)
+    if dtype != jnp.bool_ or len(shape) != 2:
+        raise ValueError(
+            f"correct has dtype {dtype} and shape {shape}, but it must be boolean [P, G]; turn rewards into it with reward > 0."
+        )

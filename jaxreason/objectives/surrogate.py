@@ -37,7 +37,7 @@ class Signals(NamedTuple):
     """
 
     mask: Bool[Array, "P G T"]  # True where the policy chose the token, the stop token included
-    reward: Float[Array, "P G"] | None = None
+    reward: Float[Array, "P G"] | None = None  # an empty row's counts in its group's baseline: pad with whole groups
     logp_behaviour: Float[Array, "P G T"] | None = None  # under the policy that sampled, as the sampler computed it
     logp_old: Float[Array, "P G T"] | None = None  # at the start of the update; None: the present policy, so ratio 1
     logp_ref: Float[Array, "P G T"] | None = None  # under the reference
@@ -47,7 +47,7 @@ class Signals(NamedTuple):
     greedy_reward: Float[Array, " P"] | None = None  # of the greedy completion of each problem
     step_reward: Float[Array, "P G T"] | None = None  # process supervision, read where a step ends
     step_end: Bool[Array, "P G T"] | None = None  # True on the last token of each reasoning step
-    truncated: Bool[Array, "P G"] | None = None  # ended by the token budget
+    truncated: Bool[Array, "P G"] | None = None  # ended by the token budget; without `value_behind` that is an end like any
     segments: Int[Array, "P G T"] | None = None  # packed rows: which completion of its row a token belongs to, 0 to T - 1
 
 
@@ -65,6 +65,8 @@ class Card(NamedTuple):
 class Algorithm(NamedTuple):
     """An algorithm: three functions and what they need. Replace any part with `_replace`.
 
+    Make it once and close over it: as a static argument of `jax.jit` each new one, equal or not, is compiled anew.
+
     - `advantage(signals) -> [P, G, T]` sees the whole update batch; where a coefficient needs more than one array of the
       whole batch it is a pytree of them;
     - `coefficient(logp, signals, advantage) -> (coefficient, objective)`, each `[P, G, T]`, under the contract of
@@ -81,10 +83,12 @@ class Algorithm(NamedTuple):
     group_baseline: bool = False  # the advantage compares within the group: with G = 1 there is nothing to compare
     # (logp, signals, advantage) -> bool [P, G, T], False where the clip drops or caps a token; None: no clip
     kept: Callable[[Array, Signals, Any], Array] | None = None
+    # (logp, signals) -> (coefficient, objective), added to the algorithm's own: pulls and bonuses, see `additions`
+    additions: tuple[Callable[[Array, Signals], tuple[Array, Array]], ...] = ()
     card: Card | None = None
 
 
-# need -> the fields of Signals of which one must be there
+# need -> the fields of Signals of which one must be there; "old" may be missing: then it is the present policy
 NEEDS = {
     "reward": ("reward",),
     "old": (),
@@ -97,6 +101,7 @@ NEEDS = {
     "steps": ("step_reward",),
     "step_end": ("step_end",),
 }
+PREPARED = frozenset({"reward", "sampled", "value", "greedy", "steps", "step_end"})  # done with once the advantage is made
 
 
 def weighted_sum(value: Float[Array, "P G T"], weight: Float[Array, "P G T"]) -> Float[Array, ""]:
@@ -125,10 +130,11 @@ def prepare(algorithm: Algorithm, signals: Signals) -> tuple[Any, Float[Array, "
     """(advantage, weight) of the *whole* update batch, both 0 on masked tokens; slice them as you slice the signals.
 
     Raises ValueError if a field that the algorithm needs is None, if shapes do not fit, if the mask is not boolean, if a
-    group of one is to be compared with itself, or if a reward is NaN (the last one where it is not traced).
+    group of one is to be compared with itself, or if a reward is not finite (the last one where it is not traced).
     """
-    _check(algorithm, signals)
-    if signals.segments is not None and "reward" in algorithm.needs:
+    _check_kinds(algorithm, signals)
+    _check(algorithm, signals, algorithm.needs)
+    if signals.segments is not None and algorithm.needs & {"reward", "steps"}:
         raise ValueError(
             f"Signals.segments is given, but algorithm {algorithm.name!r} needs a reward, and a packed row has no one reward; "
             "prepare advantage and weight first, then pack them with the rest."
@@ -150,7 +156,8 @@ def policy_loss(
 
     `advantage` and `weight` come from `prepare` on the whole batch and are sliced like `signals`. Losses and gradients
     of the slices of a batch *add up* to those of the batch: sum them, do not average them. Arithmetic is in float32 or
-    wider, whatever the log-probabilities come in.
+    wider, whatever the log-probabilities come in. The coefficient is a constant, so second derivatives are not the textbook's.
+    What `prepare` has used (rewards, values, steps) may be None here.
 
     `aux` is a flat dict without gradient, the same names for every algorithm; `combine_aux` merges those of the slices:
 
@@ -163,7 +170,8 @@ def policy_loss(
 
     Raises ValueError if shapes differ, if a field that the algorithm needs is None, or if the mask is not boolean.
     """
-    _check(algorithm, signals)
+    _check_kinds(algorithm, signals)
+    _check(algorithm, signals, algorithm.needs - PREPARED)
     check_tokens(logp=logp, mask=signals.mask, weight=weight, token_weight=token_weight)
     for leaf in jax.tree.leaves(advantage):
         check_tokens(logp=logp, advantage=leaf)
@@ -175,6 +183,9 @@ def policy_loss(
     advantage, weight = jax.tree.map(lambda a: _like(a, logp), advantage), _like(weight, logp)
 
     coefficient, objective = algorithm.coefficient(fixed, signals, advantage)
+    for addition in algorithm.additions:
+        slope, value = addition(fixed, signals)
+        coefficient, objective = coefficient + slope, objective + value
     coefficient = jnp.where(signals.mask, lax.stop_gradient(coefficient), 0.0)
     loss = valued_loss(logp, coefficient, objective, weight)
     token_weight = token_mean(signals.mask) if token_weight is None else token_weight
@@ -233,7 +244,7 @@ def ratio_diagnostics(
     ratio = exponential(log_ratio(logp, logp_old, mask))
     low, high = jnp.min(jnp.where(mask, ratio, jnp.inf)), jnp.max(jnp.where(mask, ratio, -jnp.inf))
     return {
-        "policy/ratio_mean": weighted_sum(ratio, token_weight),
+        "policy/ratio_mean": weighted_sum(ratio, _like(token_weight, ratio)),
         "policy/ratio_min": jnp.where(low == jnp.inf, 1.0, low),
         "policy/ratio_max": jnp.where(high == -jnp.inf, 1.0, high),
     }
@@ -244,14 +255,16 @@ def combine_aux(aux: dict[str, Array]) -> dict[str, Array]:
 
     `_min` and `_max` by min and max, the coefficients of consecutive slices one behind the other, all else by sum.
     """
+    # a slice without a token says 1 for its extremes, and alone has a mean of 0: ratios are positive
+    empty = aux["policy/ratio_mean"] == 0
 
     def merge(name: str, values: Array) -> Array:
         if name == "coefficient":
             return values.reshape(-1, *values.shape[2:])
         if name.endswith("_min"):
-            return jnp.min(values, axis=0)
+            return jnp.where(jnp.all(empty), 1.0, jnp.min(jnp.where(empty, jnp.inf, values), axis=0))
         if name.endswith("_max"):
-            return jnp.max(values, axis=0)
+            return jnp.where(jnp.all(empty), 1.0, jnp.max(jnp.where(empty, -jnp.inf, values), axis=0))
         return jnp.sum(values, axis=0)
 
     return {name: merge(name, values) for name, values in aux.items()}
@@ -271,9 +284,17 @@ def _watch(algorithm: Algorithm, logp: Array, signals: Signals, advantage: Any, 
     return metrics
 
 
-def _check(algorithm: Algorithm, signals: Signals) -> None:
+def _check_kinds(algorithm: Any, signals: Any) -> None:
+    if not isinstance(algorithm, Algorithm) or not isinstance(signals, Signals):
+        raise ValueError(
+            f"The arguments begin with {type(algorithm).__name__} and end with {type(signals).__name__}, but they must be an "
+            "Algorithm, such as objectives.grpo() with its brackets, and Signals."
+        )
+
+
+def _check(algorithm: Algorithm, signals: Signals, needs: frozenset[str]) -> None:
     """Everything about the signals that can be said before computing."""
-    for need in sorted(algorithm.needs):
+    for need in sorted(needs):
         fields = NEEDS[need]
         if fields and all(getattr(signals, field) is None for field in fields):
             wanted = " or ".join(f"Signals.{field}" for field in fields)
@@ -281,6 +302,14 @@ def _check(algorithm: Algorithm, signals: Signals) -> None:
     per_token = ("logp_behaviour", "logp_old", "logp_ref", "logp_teacher", "value", "step_reward", "step_end")
     check_mask(signals.mask, **{name: getattr(signals, name) for name in per_token})
     check_segments(signals.segments, signals.mask)
+    for name in ("truncated", "value_behind"):
+        array = getattr(signals, name)
+        if array is not None and jnp.shape(array) != signals.mask.shape[:2]:
+            raise ValueError(
+                f"Signals.{name} has shape {jnp.shape(array)}, but it must be the mask's [P, G], {signals.mask.shape[:2]}."
+            )
+    if signals.value_behind is not None and signals.truncated is None:
+        raise ValueError("Signals.value_behind is given without Signals.truncated, which says for which completions it counts.")
     if signals.reward is not None and "reward" in algorithm.needs:
         check_reward(signals.reward)
         if signals.reward.shape != signals.mask.shape[:2]:
@@ -294,7 +323,10 @@ def _in_precision_of(logp: Array, signals: Signals) -> Signals:
     """Stored log-probabilities and rewards may come in another precision than the policy's: constants in its own."""
 
     def constant(x: Array) -> Array:
-        return _like(x, logp) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            return x
+        # whatever padding holds goes first: a cast of NaN is what `jax_debug_nans` looks for
+        return _like(jnp.where(signals.mask, x, 0.0) if jnp.shape(x) == signals.mask.shape else x, logp)
 
     return jax.tree.map(constant, signals)
 

@@ -26,20 +26,23 @@ Segments = Int[Array, "P G T"]
 def token_mean(mask: Mask, *, segments: Segments | None = None) -> Float[Array, "P G T"]:
     """w = 1 / sum_i |o_i|: every token counts the same (DAPO, arXiv:2503.14476, section 3.3)."""
     check_mask(mask)
-    return _shares(mask, jnp.sum(mask))
+    return _share(mask, jnp.sum(mask))
 
 
 def sequence_mean(mask: Mask, *, segments: Segments | None = None) -> Float[Array, "P G T"]:
     """w = 1 / (N |o_i|): every completion counts the same (DeepSeekMath, arXiv:2402.03300, Eq. 3)."""
     check_mask(mask)
     check_segments(segments, mask)
-    length = completion_totals(mask.astype(int), segments)
-    return _shares(mask, jnp.sum(length > 0) * completion_sum(mask.astype(int), segments))
+    if segments is None:
+        length = jnp.sum(mask, axis=-1, keepdims=True)
+        return _share(mask, jnp.sum(length > 0), length)
+    length = completion_sum(mask.astype(jnp.result_type(float)), segments)
+    return _share(mask, _completions(mask, segments), length)
 
 
 def sequence_sum(mask: Mask, *, segments: Segments | None = None) -> Float[Array, "P G T"]:
     """w = 1 / N: the plain policy gradient of the expected reward; its size grows with length."""
-    return _shares(mask, _completions(mask, segments))
+    return _share(mask, _completions(mask, segments))
 
 
 def constant_length(mask: Mask, *, max_completion_tokens: int, segments: Segments | None = None) -> Float[Array, "P G T"]:
@@ -50,24 +53,26 @@ def constant_length(mask: Mask, *, max_completion_tokens: int, segments: Segment
     Raises ValueError if `max_completion_tokens` is not positive.
     """
     check_range(1, max_completion_tokens=max_completion_tokens)
-    return _shares(mask, _completions(mask, segments) * max_completion_tokens)
+    return _share(mask, _completions(mask, segments), jnp.asarray(max_completion_tokens))
 
 
 def group_sum(mask: Mask) -> Float[Array, "P G T"]:
     """w = 1 / P, P the groups with a chosen token: one term a group, as for a preference pair (DPO, arXiv:2305.18290)."""
     check_mask(mask)
-    return _shares(mask, _groups(mask))
+    return _share(mask, _groups(mask))
 
 
 def group_mean(mask: Mask) -> Float[Array, "P G T"]:
     """w = 1 / (P |o_i|): one term a group, its completions averaged over tokens (DeepSeekMath, arXiv:2402.03300, Eq. 12)."""
     check_mask(mask)
-    return _shares(mask, _groups(mask) * jnp.sum(mask, axis=-1, keepdims=True))
+    return _share(mask, _groups(mask), jnp.sum(mask, axis=-1, keepdims=True))
 
 
-def _shares(mask: Array, denominator: Array) -> Array:
-    """1/denominator on chosen tokens; `denominator` is an integer array that broadcasts against the mask."""
-    share = 1.0 / jnp.maximum(denominator, 1).astype(jnp.result_type(float))
+def _share(mask: Array, *counts: Array) -> Array:
+    """1 over the product of the counts, which broadcast against the mask, on chosen tokens; floats before the product overflows."""
+    share = jnp.ones((), jnp.result_type(float))
+    for count in counts:
+        share = share / jnp.maximum(count, 1).astype(share.dtype)
     return jnp.where(mask, share, 0.0)
 
 
@@ -76,7 +81,7 @@ def _completions(mask: Array, segments: Array | None) -> Array:
     check_segments(segments, mask)
     if segments is None:
         return jnp.sum(jnp.any(mask, axis=-1))
-    return jnp.sum(completion_totals(mask.astype(int), segments) > 0)
+    return jnp.sum(completion_totals(mask.astype(int), segments) > 0)  # by id
 
 
 def _groups(mask: Array) -> Array:

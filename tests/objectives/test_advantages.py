@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from jaxreason.objectives.advantages import (
+    _by_doubling,
+    _token_by_token,
     at_last_token,
     batch_whiten,
     gae,
@@ -132,6 +134,22 @@ def test_gae_steps_over_what_the_policy_did_not_choose(float64: None, packed: bo
     )
     np.testing.assert_allclose(got, expected, atol=1e-13)
     assert np.abs(expected).max() > 0.1
+
+
+def test_the_two_forms_of_the_recurrence_agree(float64: None):
+    """A loop on a CPU, doubling elsewhere: this machine runs one of them only."""
+    rng = np.random.default_rng(9)
+    decay, increment = (jnp.asarray(rng.uniform(-1, 1, (2, 3, 37))) for _ in range(2))
+    np.testing.assert_allclose(_token_by_token(decay, increment), _by_doubling(decay, increment), atol=1e-13)
+
+
+@pytest.mark.parametrize("baseline", [group_zscore, group_centre, leave_one_out])
+def test_an_offset_of_the_rewards_takes_no_digits_in_float32(baseline):
+    reward = jnp.asarray([[0.0, 0, 1, 0, 1, 1, 0]], jnp.float32)
+    np.testing.assert_allclose(baseline(reward + 1e6), baseline(reward), rtol=1e-5)
+    mask = jnp.ones((1, 7, 1), bool)
+    near, far = (batch_whiten((reward + offset)[:, :, None], mask) for offset in (0.0, 1e6))
+    np.testing.assert_allclose(far, near, atol=1e-4)
 
 
 def test_gae_with_lambda_one_is_the_return_minus_the_value(float64: None):

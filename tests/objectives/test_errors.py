@@ -5,6 +5,7 @@ The annotations' checks are off here (`unchecked`), as they are for everyone who
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxreason.objectives import (
     policy_loss,
     preferences,
     prepare,
+    shaping,
     surrogate_loss,
     weights,
 )
@@ -117,8 +119,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "budget": (lambda: objectives.dr_grpo(max_completion_tokens=0), "max_completion_tokens is 0"),
     "band": (lambda: coefficients.sampler_correction(TOKENS, TOKENS, MASK, kind="band", low=3.0), "high is 2.0.*3.0 or more"),
     "value clip": (lambda: heads.value_loss(TOKENS, TOKENS, MASK, clip=0.2), "clip is 0.2.*both, or neither"),
-    "label": (lambda: heads.step_cross_entropy(TOKENS, TOKENS + 2, MASK), "largest_label is 2.0"),
-    "negative reward": (lambda: advantages.relative_to_mean(-REWARD), "smallest_reward is -1.0"),
+    "label": (lambda: heads.step_cross_entropy(TOKENS, TOKENS + 2, MASK), "label is 2.0.*between 0.0 and 1.0"),
+    "negative reward": (lambda: advantages.relative_to_mean(-REWARD), "reward is -1.0"),
     "bonus": (lambda: objectives.with_entropy_bonus(objectives.ppo(), bonus=-1.0), "bonus is -1.0"),
     # names
     "kl": (lambda: objectives.grpo(kl="k4"), "kl is 'k4'.*'k1', 'k2', 'k3'"),
@@ -129,9 +131,9 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "float mask": (lambda: weights.token_mean(MASK.astype(float)), "mask has dtype float32.*mask > 0"),
     "integer mask": (lambda: prepare(objectives.sft(), Signals(mask=MASK.astype(int))), "mask has dtype int32"),
     "float label mask": (lambda: heads.outcome_cross_entropy(REWARD, REWARD, REWARD), "dtype of the mask float32"),
-    "nan": (lambda: prepare(objectives.reinforce(), signals(reward=REWARD.at[1, 2].set(jnp.nan))), r"reward is NaN at \(1, 2\)"),
-    "all nan": (lambda: advantages.group_zscore(REWARD * jnp.nan), r"reward is NaN at \(0, 0\)"),
-    "nan of numpy": (lambda: advantages.leave_one_out(np.full((2, 2), np.nan)), "reward is NaN"),  # type: ignore[arg-type]
+    "nan": (lambda: prepare(objectives.reinforce(), signals(reward=REWARD.at[1, 2].set(jnp.nan))), r"reward is nan at \(1, 2\)"),
+    "all nan": (lambda: advantages.group_zscore(REWARD * jnp.nan), r"reward is nan at \(0, 0\)"),
+    "nan of numpy": (lambda: advantages.leave_one_out(np.full((2, 2), np.nan)), "reward is nan"),  # type: ignore[arg-type]
     "float segments": (lambda: weights.sequence_sum(MASK, segments=TOKENS), "segments has dtype float32"),  # type: ignore[arg-type]
     "far segments": (lambda: weights.sequence_sum(MASK, segments=jnp.full((2, 3, 4), 4)), "from 4 to 4.*0 to T - 1"),
     "packed reward": (lambda: prepare(objectives.dapo(), signals(segments=MASK.astype(int))), "packed row has no one"),
@@ -145,16 +147,42 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "do not pack pairs",
     ),
-    "two constants": (
-        lambda: policy_loss(
-            objectives.with_sampler_correction(objectives.vapo(), kind="truncate"),
-            TOKENS,
-            signals(value=TOKENS, logp_behaviour=TOKENS),
-            advantage=prepare(objectives.vapo(), signals(value=TOKENS))[0],
-            weight=TOKENS,
-        ),
-        "'vapo' has more than an advantage",
+    "kimi correct": (lambda: shaping.kimi_length(REWARD, REWARD), "correct has dtype float32"),
+    "smoothing of dpo": (lambda: objectives.dpo(label_smoothing=0.3), "label_smoothing is 0.3.*'sigmoid' has none"),
+    "dpo beta": (lambda: objectives.dpo(beta=0.0), "beta is 0.0.*above 0"),
+    "cap": (lambda: coefficients.decoupled(TOKENS, TOKENS, TOKENS, TOKENS, MASK, **CLIPS, cap=0.0), "cap is 0.0.*above 0"),
+    "cap of decoupled_ppo": (lambda: objectives.decoupled_ppo(cap=-1.0), "cap is -1.0"),
+    "correction's kind": (lambda: objectives.with_sampler_correction(objectives.dapo(), kind="tis"), "kind is 'tis'.*'truncate'"),
+    "correction's low": (lambda: objectives.with_sampler_correction(objectives.dapo(), kind="truncate", low=0.5), "low is 0.5"),
+    "two corrections": (
+        lambda: objectives.with_sampler_correction(objectives.decoupled_ppo(), kind="truncate"),
+        "'decoupled_ppo' has a sampler's correction already",
     ),
+    "nothing to correct": (lambda: objectives.with_sampler_correction(objectives.dpo(), kind="band"), "'dpo' learns from rows"),
+    "infinite reward": (lambda: advantages.group_centre(REWARD.at[0, 1].set(jnp.inf)), r"reward is inf at \(0, 1\)"),
+    "nan step": (
+        lambda: advantages.step_returns(TOKENS.at[1, 0, 2].set(jnp.nan), MASK, MASK),
+        r"step_reward is nan at \(1, 0, 2\).*finite",
+    ),
+    "float step_end": (lambda: advantages.step_returns(TOKENS, TOKENS, MASK), "step_end has dtype float32.*a step ends"),
+    "no mask": (lambda: prepare(objectives.sft(), Signals(mask=None)), "mask is None"),  # type: ignore[arg-type]
+    "truncated": (lambda: prepare(objectives.sft(), signals(truncated=MASK[0, :, 0])), r"Signals.truncated has shape \(3,\)"),
+    "value_behind": (lambda: prepare(objectives.sft(), signals(value_behind=REWARD)), "value_behind is given without"),
+    "packed steps": (
+        lambda: prepare(objectives.gspo_token(), signals(step_reward=TOKENS, step_end=MASK, segments=MASK.astype(int))),
+        "packed row has no one",
+    ),
+    "packed bootstrap": (
+        lambda: advantages.gae(TOKENS, TOKENS, MASK, segments=MASK.astype(int), bootstrap=REWARD),
+        "segments and bootstrap",
+    ),
+    "scattered segments": (
+        lambda: weights.sequence_sum(MASK, segments=jnp.broadcast_to(jnp.asarray([0, 1, 0, 1]), MASK.shape)),
+        r"\[0, 1, 0, 1\].*stand together",
+    ),
+    "array lambda": (lambda: advantages.gae(TOKENS, TOKENS, MASK, lambda_=np.full((2, 3, 4), 1.5)), "lambda_ is"),
+    "swapped": (lambda: prepare(signals(), objectives.sft()), "begin with Signals and end with Algorithm"),  # type: ignore[arg-type]
+    "not called": (lambda: prepare(objectives.grpo, signals()), "begin with function.*with its brackets"),  # type: ignore[arg-type]
 }  # fmt: skip
 
 
@@ -200,8 +228,11 @@ def test_what_an_algorithm_needs_and_lacks_is_named(algorithm: objectives.Algori
         expected = f"'{algorithm.name}' needs .*Signals.{fields[0]}"
         with pytest.raises(ValueError, match=expected):
             prepare(algorithm, lacking)
-        with pytest.raises(ValueError, match=expected):
+        try:
             policy_loss(algorithm, TOKENS[:, :2], lacking, advantage=prepared[0], weight=prepared[1])
+            assert need in ("reward", "sampled", "value", "greedy", "steps", "step_end")  # `prepare` is done with it
+        except ValueError as error:
+            assert re.search(expected, str(error))
     prepare(algorithm, everything._replace(logp_old=None))  # today's policy stands in for it
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,3 +54,14 @@ def test_pairs_count_as_one():
 def test_constant_length_checks_its_budget():
     with pytest.raises(ValueError, match="max_completion_tokens is 0"):
         constant_length(jnp.asarray(MASK), max_completion_tokens=0)
+
+
+def test_counts_whose_product_is_beyond_int32():
+    weight = constant_length(jnp.ones((65536, 1, 1), bool), max_completion_tokens=32768)
+    np.testing.assert_allclose(weight[0, 0, 0], 2.0**-31)
+
+
+def test_a_traced_id_out_of_range_is_loud():
+    ids = jnp.asarray([[[7, 7, 8, 8]]])
+    weight = jax.jit(lambda ids: sequence_mean(jnp.ones((1, 1, 4), bool), segments=ids))(ids)
+    assert np.isnan(weight).all()

@@ -128,7 +128,7 @@ def relative(s: Numbers) -> np.ndarray:
 
 
 def over_batch_std(s: Numbers) -> np.ndarray:
-    rewards = [s.reward[place] for place in places(s)]
+    rewards = [r for p in sorted({p for p, _ in places(s)}) for r in s.reward[p]]
     return spread(s, by_group(lambda r: (r - r.mean()) / (np.std(rewards) + 1e-6), s.reward))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jaxreason import config as configs
 from jaxreason import objectives
+from jaxreason.numerics import token_logprobs
 from jaxreason.pipelines import experiment
 from jaxreason.training import state as states
 from jaxreason.training.optimizer import make_optimizer
@@ -48,6 +49,31 @@ def test_the_first_of_two_updates_starts_at_ratio_one(name: str):
     assert metrics["optimizer/gradient_norm"] > 1e-3
     assert not np.allclose(*(jax.tree.leaves(s.params)[0] for s in (state, after)))
     assert np.abs(np.asarray(advantage)).max() > 0.1
+
+
+def test_t14_a_temperature_on_one_side_only():
+    """The policy as its own reference and its own past: at a temperature of 0.7 no divergence, ratio 1, nothing clipped."""
+    mesh, model, params, _ = make(ONE, "float32")
+    optimizer = make_optimizer(OPTIMIZER, steps=4)
+    update = make_update(model, objectives.grpo(beta=0.04), optimizer, temperature=0.7, split=Split(8, 8, epochs=2))
+    state = states.create(model, optimizer, mesh, params)
+    _, metrics, _ = jax.jit(update)(state, params, rollouts(mesh, "float32").replace(reward=np.zeros((P, G), np.float32)))
+    # equal rewards: only the optimiser's weight decay moves anything between the two updates
+    assert metrics["policy/kl_ref"] < 1e-6 and metrics["policy/clip_fraction"] == 0
+    np.testing.assert_allclose([metrics["policy/ratio_min"], metrics["policy/ratio_max"]], 1, atol=2e-3)
+
+
+def test_t15_the_entropy_of_logits_that_were_not_scaled():
+    """Entropy and log-probability are those of the law that is sampled from, softmax(z/T)."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(1, 5, 8)).astype(np.float32), rng.normal(size=(8, 11)).astype(np.float32)
+    token = rng.integers(0, 11, (1, 5))
+    logits = (hidden @ head).astype(np.float64) / 0.5
+    law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    arrays = [jax.numpy.asarray(x) for x in (hidden, head, token.astype(np.int32))]
+    logp, entropy = token_logprobs(*arrays, temperature=0.5, chunk_tokens=4)
+    np.testing.assert_allclose(logp, np.take_along_axis(law, token[..., None], -1)[..., 0], rtol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(law) * law).sum(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", REFUSED, ids=lambda a: a.name)
