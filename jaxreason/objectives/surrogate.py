@@ -323,10 +323,11 @@ def _in_precision_of(logp: Array, signals: Signals) -> Signals:
     """Stored log-probabilities and rewards may come in another precision than the policy's: constants in its own."""
 
     def constant(x: Array) -> Array:
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            return x
-        # whatever padding holds goes first: a cast of NaN is what `jax_debug_nans` looks for
-        return _like(jnp.where(signals.mask, x, 0.0) if jnp.shape(x) == signals.mask.shape else x, logp)
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.result_type(x) != logp.dtype:
+            # whatever padding holds goes first: a cast of NaN is what `jax_debug_nans` looks for
+            x = jnp.where(signals.mask, x, 0.0) if jnp.shape(x) == signals.mask.shape else x
+            x = x.astype(logp.dtype)
+        return lax.stop_gradient(x)
 
     return jax.tree.map(constant, signals)
 
