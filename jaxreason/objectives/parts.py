@@ -58,6 +58,7 @@ def of_steps(ddof: int, epsilon: float) -> Callable[[Signals], Array]:
 
 
 def in_reward_needs(beta: Scalar) -> set[str]:
+    """What a KL in the reward needs, if there is one."""
     return {"reference", "sampled"} if positive(beta) else set()
 
 
