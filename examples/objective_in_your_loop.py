@@ -70,9 +70,10 @@ def step(table, opt_state, reference, key):
 
 
 reference = table = jnp.zeros((VOCABULARY, VOCABULARY))
-opt_state, rewards = optimizer.init(table), []
+opt_state, rewards, clipped = optimizer.init(table), [], []
 for i in range(STEPS):
     table, opt_state, reward, aux = step(table, opt_state, reference, jax.random.key(i))
     rewards.append(float(reward))
-print(f"clip fraction {aux['policy/clip_fraction']:.3f}, KL to the reference {aux['policy/kl_ref']:.3f}")
+    clipped.append(float(aux["policy/clip_fraction"]))
+print(f"clip fraction, largest: {max(clipped):.3f}; KL to the reference, at the end: {aux['policy/kl_ref']:.3f}")
 print(f"reward before: {rewards[0]:.3f}\nreward after: {rewards[-1]:.3f}")

@@ -45,7 +45,10 @@ def arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], *, key: s
     given = {name: value for name, value in offered.items() if name in takes} | dict(kwargs)
     for name, value in kwargs.items():
         if name not in takes:
-            raise ValueError(f"config.{key} has no key '{name}': {nearest(name, list(takes))}")
+            raise ValueError(
+                f"config.{key} has no key '{name}': {nearest(name, list(takes))} (if the config's file sets it, "
+                f"--config.{key}={{}} drops what it sets)"
+            )
         kinds = typing.get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
         kinds = tuple(kind for kind in kinds if not hasattr(kind, "array_type"))  # a jaxtyping array cannot stand in a config
         if float in kinds and type(value) is int:

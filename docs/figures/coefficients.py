@@ -49,7 +49,7 @@ PANELS: list[tuple[str, str, Curve]] = [
     ("Clip", "PPO, GRPO: 0.8 to 1.2", alone(coefficients.clipped, **CLIP)),
     ("Clip higher", "DAPO: 0.8 to 1.28", alone(coefficients.clipped, clip_low=0.2, clip_high=0.28)),
     ("Dual clip", "and at most 3 where A < 0", alone(coefficients.clipped, **CLIP, dual_clip=3.0)),
-    ("Capped weight", "CISPO: none dropped", alone(coefficients.clipped_importance, clip_low=1.0, clip_high=2.0)),
+    ("Capped weight", "CISPO: none dropped; here 3", alone(coefficients.clipped_importance, clip_low=1.0, clip_high=2.0)),
     ("Soft gate", "SAPO: everything fades", alone(coefficients.soft_gate, tau_positive=1.0, tau_negative=1.05)),
     ("Clip in log space", "GMPO: 0.67 to 1.49", alone(coefficients.geometric_mean, clip_low=0.4, clip_high=0.4)),
     ("Whole completion", "GSPO: 0.9997 to 1.0004", alone(coefficients.sequence_clipped, clip_low=3e-4, clip_high=4e-4)),

@@ -58,6 +58,7 @@ from jaxreason.objectives.heads import (
 )
 from jaxreason.objectives.kl import kl_k1, kl_k2, kl_k3, log_ratio, reference_pull
 from jaxreason.objectives.likelihoods import *  # noqa: F403
+from jaxreason.objectives.parts import spread
 from jaxreason.objectives.preferences import preference
 from jaxreason.objectives.shaping import (
     adaptive_kl,
@@ -142,6 +143,7 @@ __all__ = [
     "shaping",
     "soft_gate",
     "soft_overlong",
+    "spread",
     "step_cross_entropy",
     "step_returns",
     "surrogate_loss",

@@ -33,7 +33,8 @@ def ppo(
 
     PPO, arXiv:1707.06347, Eq. 7 (clip 0.2), with language as DeepSeekMath, arXiv:2402.03300, Eq. 15-18, writes it: the
     KL is in the reward (InstructGPT: beta 0.02), and each completion is a mean over its tokens. The discount is
-    InstructGPT's 1; lambda is the paper's 0.95, and long completions want 1. The critic is trained by `heads.value_loss`.
+    InstructGPT's 1; lambda is the paper's 0.95, and long completions want 1. The advantage is not whitened, as in
+    much code it is: see `advantages.batch_whiten`. The critic is trained by `heads.value_loss`, towards advantage + value.
     """
     check_range(0.0, 1.0, discount=discount, lambda_=lambda_)
     return Algorithm(

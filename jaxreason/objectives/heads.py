@@ -5,7 +5,9 @@ the objective with respect to the output, as a constant, the second the objectiv
 what is masked. Turn them into a loss with a weight of the objective's shape:
 
     coefficient, objective = heads.bradley_terry(score)
-    loss = surrogate.valued_loss(score, coefficient, objective, jnp.full(objective.shape, 1 / objective.size))
+    loss = objectives.valued_loss(score, coefficient, objective, jnp.full(score.shape, 1 / score.shape[0]))  # 1/P: see there
+    coefficient, objective = heads.value_loss(value, returns, mask)
+    loss = objectives.valued_loss(value, coefficient, objective, objectives.token_mean(mask))
 """
 
 from __future__ import annotations

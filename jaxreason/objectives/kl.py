@@ -90,7 +90,7 @@ def reference_pull(
 
     Raises ValueError if `kind` is unknown, or if shapes differ.
     """
-    check_choice(KINDS, kl=kind)
+    check_choice(KINDS, kind=kind)
     check_mask(mask, logp=logp, logp_ref=logp_ref, logp_old=logp_old)
     difference = log_ratio(lax.stop_gradient(logp), logp_ref, mask)
     log_weight = jnp.zeros_like(difference) if logp_old is None else log_ratio(lax.stop_gradient(logp), logp_old, mask)

@@ -39,7 +39,8 @@ class Signals(NamedTuple):
     mask: Bool[Array, "P G T"]  # True where the policy chose the token, the stop token included
     reward: Float[Array, "P G"] | None = None  # an empty row's counts in its group's baseline: pad with whole groups
     logp_behaviour: Float[Array, "P G T"] | None = None  # under the policy that sampled, as the sampler computed it
-    logp_old: Float[Array, "P G T"] | None = None  # at the start of the update; None: the present policy, so ratio 1
+    # at the start of the update, in float32 (bfloat16 rounds by more than GSPO clips); None: the present policy, so ratio 1
+    logp_old: Float[Array, "P G T"] | None = None
     logp_ref: Float[Array, "P G T"] | None = None  # under the reference
     logp_teacher: Float[Array, "P G T"] | None = None  # under a teacher, for distillation
     value: Float[Array, "P G T"] | None = None  # the critic's V of the state before each token
@@ -63,7 +64,7 @@ class Card(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """An algorithm: three functions and what they need. Replace any part with `_replace`.
+    """An algorithm: three functions and what they need. Replace any part with `_replace`, and what goes with it.
 
     Make it once and close over it: as a static argument of `jax.jit` each new one, equal or not, is compiled anew.
 
@@ -72,6 +73,10 @@ class Algorithm(NamedTuple):
     - `coefficient(logp, signals, advantage) -> (coefficient, objective)`, each `[P, G, T]`, under the contract of
       `coefficients`, sees a slice of whole groups, with `signals.logp_old` always filled in;
     - `weight(signals) -> [P, G, T]` sees the whole update batch.
+
+    `needs` are keys of NEEDS: reward, old, sampled (logp_old or logp_behaviour), behaviour, reference, teacher, value, greedy,
+    steps, step_end. `kept` is what `policy/clip_fraction` counts: with a coefficient of your own set it to None, or to
+    your clip. `additions` are pulls and bonuses, `card` is the row in the table.
     """
 
     name: str
@@ -139,8 +144,17 @@ def prepare(algorithm: Algorithm, signals: Signals) -> tuple[Any, Float[Array, "
             f"Signals.segments is given, but algorithm {algorithm.name!r} needs a reward, and a packed row has no one reward; "
             "prepare advantage and weight first, then pack them with the rest."
         )
-    advantage = jax.tree.map(lambda a: lax.stop_gradient(jnp.where(signals.mask, a, 0.0)), algorithm.advantage(signals))
-    return advantage, lax.stop_gradient(algorithm.weight(signals))
+
+    def on_mask(array: Array, name: str) -> Array:
+        if jnp.shape(array) != signals.mask.shape:
+            raise ValueError(
+                f"The {name} of algorithm {algorithm.name!r} has shape {jnp.shape(array)}, but it must be the mask's [P, G, T], "
+                f"{signals.mask.shape}; give each token its completion's number with objectives.spread(array, signals)."
+            )
+        return lax.stop_gradient(jnp.where(signals.mask, array, 0.0))
+
+    advantage = jax.tree.map(lambda a: on_mask(a, "advantage"), algorithm.advantage(signals))
+    return advantage, on_mask(algorithm.weight(signals), "weight")
 
 
 def policy_loss(
@@ -157,7 +171,7 @@ def policy_loss(
     `advantage` and `weight` come from `prepare` on the whole batch and are sliced like `signals`. Losses and gradients
     of the slices of a batch *add up* to those of the batch: sum them, do not average them. Arithmetic is in float32 or
     wider, whatever the log-probabilities come in. The coefficient is a constant, so second derivatives are not the textbook's.
-    What `prepare` has used (rewards, values, steps) may be None here.
+    What `prepare` has used (rewards, values, steps) may be None here. Under `shard_map` sum over devices, as over slices.
 
     `aux` is a flat dict without gradient, the same names for every algorithm; `combine_aux` merges those of the slices:
 
@@ -187,6 +201,7 @@ def policy_loss(
         slope, value = addition(fixed, signals)
         coefficient, objective = coefficient + slope, objective + value
     coefficient = jnp.where(signals.mask, lax.stop_gradient(coefficient), 0.0)
+    objective = jnp.where(signals.mask, objective, 0.0)
     loss = valued_loss(logp, coefficient, objective, weight)
     token_weight = token_mean(signals.mask) if token_weight is None else token_weight
     return loss, {
@@ -251,7 +266,7 @@ def ratio_diagnostics(
 
 
 def combine_aux(aux: dict[str, Array]) -> dict[str, Array]:
-    """Merge the aux of a batch's slices, stacked on a leading axis (as `lax.scan` stacks them).
+    """Merge the aux of a batch's equal slices, stacked on a leading axis (as `lax.scan` stacks them).
 
     `_min` and `_max` by min and max, the coefficients of consecutive slices one behind the other, all else by sum.
     """
@@ -287,13 +302,19 @@ def _watch(algorithm: Algorithm, logp: Array, signals: Signals, advantage: Any, 
 def _check_kinds(algorithm: Any, signals: Any) -> None:
     if not isinstance(algorithm, Algorithm) or not isinstance(signals, Signals):
         raise ValueError(
-            f"The arguments begin with {type(algorithm).__name__} and end with {type(signals).__name__}, but they must be an "
-            "Algorithm, such as objectives.grpo() with its brackets, and Signals."
+            f"algorithm is of type {type(algorithm).__name__} and signals of type {type(signals).__name__}, but they must be an "
+            "Algorithm, such as objectives.grpo() with its brackets, and Signals; policy_loss takes algorithm, logp, signals."
         )
 
 
 def _check(algorithm: Algorithm, signals: Signals, needs: frozenset[str]) -> None:
     """Everything about the signals that can be said before computing."""
+    unknown = set(needs) - NEEDS.keys()
+    if unknown:
+        raise ValueError(
+            f"Algorithm {algorithm.name!r} needs {', '.join(map(repr, sorted(unknown)))}, but what can be needed is "
+            f"{', '.join(NEEDS)}; give a frozenset of these."
+        )
     for need in sorted(needs):
         fields = NEEDS[need]
         if fields and all(getattr(signals, field) is None for field in fields):

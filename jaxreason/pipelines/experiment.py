@@ -63,15 +63,15 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             f"config.online.completions_per_problem is {config.online.completions_per_problem}, and algorithm '{algorithm.name}' "
             "compares a group's completions with each other: set it to 2 or more"
         )
-    if config.online.steps and "reward" not in algorithm.needs:
-        raise ValueError(
-            f"config.algorithm.name is '{algorithm.name}', which learns from no reward: name one that does, such as 'grpo'"
-        )
     missing = ", ".join(sorted(algorithm.needs - PROVIDED))
     if config.online.steps and missing:
         raise ValueError(
             f"config.algorithm.name is '{algorithm.name}', which needs {missing}, and the training loop provides only "
             f"{', '.join(sorted(PROVIDED))}: name another, such as 'grpo', or use jaxreason.objectives in a loop of your own"
+        )
+    if config.online.steps and "reward" not in algorithm.needs:
+        raise ValueError(
+            f"config.algorithm.name is '{algorithm.name}', which learns from no reward: name one that does, such as 'grpo'"
         )
     if config.online.updates_per_step > 1 and "old" not in algorithm.needs:
         raise ValueError(

@@ -181,8 +181,17 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         r"\[0, 1, 0, 1\].*stand together",
     ),
     "array lambda": (lambda: advantages.gae(TOKENS, TOKENS, MASK, lambda_=np.full((2, 3, 4), 1.5)), "lambda_ is"),
-    "swapped": (lambda: prepare(signals(), objectives.sft()), "begin with Signals and end with Algorithm"),  # type: ignore[arg-type]
-    "not called": (lambda: prepare(objectives.grpo, signals()), "begin with function.*with its brackets"),  # type: ignore[arg-type]
+    "flat advantage": (
+        lambda: prepare(objectives.dapo()._replace(advantage=lambda s: advantages.group_centre(s.reward)), signals()),
+        r"advantage of algorithm 'dapo' has shape \(2, 3\).*spread",
+    ),
+    "flat weight": (lambda: prepare(objectives.sft()._replace(weight=lambda s: s.reward), signals()), r"weight of algorithm 'sft'"),
+    "unknown need": (
+        lambda: prepare(objectives.sft()._replace(needs=frozenset({"logp_ref"})), signals()),
+        "'logp_ref', but.*reference",
+    ),
+    "swapped": (lambda: prepare(signals(), objectives.sft()), "algorithm is of type Signals and signals of type Algorithm"),  # type: ignore[arg-type]
+    "not called": (lambda: prepare(objectives.grpo, signals()), "algorithm is of type function.*with its brackets"),  # type: ignore[arg-type]
 }  # fmt: skip
 
 
