@@ -50,7 +50,7 @@ def kl_k2(logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bo
 def kl_k3(logp: Float[Array, "P G T"], logp_ref: Float[Array, "P G T"], mask: Bool[Array, "P G T"]) -> Float[Array, "P G T"]:
     """k3 = pi_ref/pi - log(pi_ref/pi) - 1: unbiased value, never negative (DeepSeekMath, arXiv:2402.03300, Eq. 4).
 
-    0 on masked tokens. Nats per token; held at e^80, which is finite.
+    0 on masked tokens. Nats per token; the exponential is held at e^40, which is finite.
     """
     return _k3(log_ratio(logp, logp_ref, mask))[0]
 
@@ -123,10 +123,10 @@ def reference_pull(
 
 
 def _k3(difference: Array) -> tuple[Array, Array]:
-    """(k3, its derivative) of log(pi/pi_ref): exp(x) - 1 - x and 1 - exp(x) at x = -l, the exponential held at e^80.
+    """(k3, its derivative) of log(pi/pi_ref): exp(x) - 1 - x and 1 - exp(x) at x = -l, the exponential held at e^40.
 
     Near 0 by the series of (exp(x) - 1 - x)/x^2: where a policy has hardly moved, k3 is x^2/2 and the subtraction would leave
-    no digit of it. (expm1 leaves half of them, and takes twice as long.)
+    no digit of it. (expm1 would leave half of them.)
     """
     x = jnp.minimum(-difference, LARGEST_LOG_RATIO)
     terms = 8 if jnp.finfo(x.dtype).bits == 32 else 14  # the next one is below the rounding at |x| = 1/2
