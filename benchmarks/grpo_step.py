@@ -79,7 +79,7 @@ def main() -> None:
         vocab_size=a.vocab, hidden_size=a.hidden, layers=a.layers, heads=a.heads, kv_heads=a.kv_heads,
         head_size=a.hidden // a.heads, mlp_size=a.mlp, max_positions=a.prompt_len + a.new_tokens, tied=a.tied,
     )  # fmt: skip
-    numerics = Numerics(matmul_dtype={"f32": "float32", "bf16": "bfloat16"}[a.matmul], remat=not a.no_remat)
+    numerics = Numerics(matmul_dtype={"f32": "float32", "bf16": "bfloat16"}[a.matmul], remat="none" if a.no_remat else "layer")
     mesh = sharding.make_mesh(sharding.MeshConfig())
     model = decoder.make_decoder(architecture, numerics, mesh)
     params = spec.init(model.specs, jax.random.key(a.seed), dtype=numerics.param_dtype, mesh=mesh)

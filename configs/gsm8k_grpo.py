@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     config.model.numerics.param_dtype = "float32"
     config.model.numerics.matmul_dtype = "bfloat16"
-    config.model.numerics.remat = True
+    config.model.numerics.remat = "layer"
 
     # Problems: the train split; held out is the whole test split
     config.task.name = "gsm8k"

@@ -23,7 +23,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxreason
-from jaxreason.models.config import Architecture, Numerics
+from jaxreason.models.config import Architecture, Numerics, Sizes
+from jaxreason.models.lora import LoraConfig
 from jaxreason.naming import KINDS, call, find, nearest, returning
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.sharding import MeshConfig
@@ -39,8 +40,11 @@ class ModelConfig:
     """The policy: a Hugging Face folder, or random weights of the given sizes."""
 
     path: str = ""  # local folder or hub name; its config.json then decides the architecture
-    architecture: Architecture = field(default_factory=Architecture)
+    weights: str = "checkpoint"  # 'checkpoint': those of the path | 'random': of its architecture, drawn from the seed
+    balance_weight: float = 0.0  # of the load-balance loss of a model with experts, beside the policy's
+    architecture: Sizes = field(default_factory=Sizes)  # without a path
     numerics: Numerics = field(default_factory=Numerics)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,9 @@ LEAST = {
     "evaluation.problems_per_batch": 1,
     "checkpoint.every_steps": 0,
     "checkpoint.keep": 1,
+    "model.balance_weight": 0,
     "model.numerics.logits_chunk_tokens": 1,
+    "model.lora.rank": 0,
 }
 DIVIDES = (
     ("online.problems_per_update", "online.problems_per_step"),

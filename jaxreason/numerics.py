@@ -7,6 +7,7 @@ tokens x vocabulary. They are float32 (or float64) whatever the operands' type.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,16 +56,16 @@ _mixed.defvjp(_mixed_forward, _mixed_backward)
 
 def token_logprobs(
     hidden: Float[Array, "P N D"],
-    head: Float[Array, "D V"],
+    project: Callable[[jax.Array], jax.Array],
     target: Int[Array, "P N"],
     *,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-    dtype: str = "float32",
 ) -> tuple[Float[Array, "P N"], Float[Array, "P N"]]:
-    """Log-probability of each target under softmax(hidden head / temperature), and the law's entropy (nats, no gradient).
+    """Log-probability of each target under softmax(project(hidden) / temperature), and the law's entropy (nats, no gradient).
 
-    The N tokens of a row are taken `chunk_tokens / P` at a time, so that every device keeps working on its own problems.
+    `project` makes logits [rows, V] of hidden states [rows, D]. The N tokens of a row are taken `chunk_tokens / P` at a time, so
+    that every device keeps working on its own problems.
     """
     problems, tokens, width = hidden.shape
     size = max(1, min(tokens, chunk_tokens // problems))
@@ -78,7 +79,7 @@ def token_logprobs(
     @jax.checkpoint
     def chunk(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, t = args
-        logits = dense(h.reshape(-1, width), head, dtype=dtype).reshape(*t.shape, -1)
+        logits = project(h.reshape(-1, width)).reshape(*t.shape, -1)
         return logprob_and_entropy(logits / temperature, t)
 
     logp, entropy = jax.lax.map(chunk, (split(hidden), split(target)))

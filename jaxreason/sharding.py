@@ -15,15 +15,18 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
 RULES: Mapping[str, tuple[str, ...]] = {
-    "problems": ("data", "fsdp"),
+    "problems": ("data", "fsdp", "expert"),
+    "tokens": ("sequence",),
     "embed": ("fsdp",),
+    "rank": ("fsdp",),  # the bottlenecks of latent attention
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "expert": ("expert",),
 }
 
 Axes = tuple[str | None, ...]
@@ -37,28 +40,32 @@ class MeshConfig:
     data: int = -1  # copies of the model, each with its own problems
     fsdp: int = 1  # problems and parameters both split
     tensor: int = 1  # heads, mlp and vocabulary split
+    sequence: int = 1  # the tokens of each row split, for long completions
+    expert: int = 1  # experts split; problems too, so that what is not experts is computed once
 
 
 def mesh_shape(config: MeshConfig, *, devices: int) -> tuple[int, ...]:
-    """The mesh's shape for a number of devices; a ValueError says which sizes would do."""
-    sizes = [config.data, config.fsdp, config.tensor]
+    """The mesh's shape, in the order of MESH_AXES, for a number of devices; a ValueError says which sizes would do."""
+    sizes = [config.data, config.fsdp, config.expert, config.sequence, config.tensor]
+    # data, fsdp and tensor are always told, the others where they are used
+    told = ", ".join(
+        f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True) if name in ("data", "fsdp", "tensor") or size != 1
+    )
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(
-            f"config.mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}: expected positive numbers, "
-            "with -1 in at most one place for the rest of the devices"
+            f"config.mesh sizes {told}: expected positive numbers, with -1 in at most one place for the rest of the devices"
         )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if devices % fixed:
             raise ValueError(
-                f"config.mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} need a multiple of {fixed} "
-                f"devices, and there are {devices}: change config.mesh.fsdp or tensor so that their product divides {devices}"
+                f"config.mesh sizes {told} need a multiple of {fixed} devices, and there are {devices}: "
+                f"change config.mesh.fsdp or tensor so that their product divides {devices}"
             )
         sizes[sizes.index(-1)] = devices // fixed
     elif fixed != devices:
         raise ValueError(
-            f"config.mesh sizes data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} make {fixed} devices, and there are "
-            f"{devices}: set one of them to -1 to take the rest"
+            f"config.mesh sizes {told} make {fixed} devices, and there are {devices}: set one of them to -1 to take the rest"
         )
     return tuple(sizes)
 
@@ -73,7 +80,7 @@ def fits(config: MeshConfig, *, devices: int) -> bool:
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh with axes `data`, `fsdp`, `tensor`."""
+    """The device mesh with the axes MESH_AXES, of which the last are nearest neighbours."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, devices=len(devices))
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)

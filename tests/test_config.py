@@ -49,7 +49,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["online.steps=1.5"], 1, ["config.online.steps", "'1.5'", "a whole number"]),
     (["online.optimizer.learning_rate=fast"], 1, ["config.online.optimizer.learning_rate", "'fast'", "a number"]),
     (["online.optimizer.learning_rate=1e999"], 1, ["config.online.optimizer.learning_rate", "inf", "finite"]),
-    (["model.numerics.remat=1"], 1, ["config.model.numerics.remat", "'1'", "True or False"]),
+    (["model.architecture.tied=1"], 1, ["config.model.architecture.tied", "'1'", "True or False"]),
     (["seed=-1"], 1, ["config.seed", "-1", "0 or more"]),
     (["seed=4294967296"], 1, ["config.seed", "4294967296", "at most"]),
     (["sampling.temperature=0"], 1, ["config.sampling.temperature", "0.0", "more than 0", "greedy"]),
@@ -262,7 +262,7 @@ def test_no_key_that_nothing_reads():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
     unread = {(kind.__name__, name) for kind, name in fields if name not in read}
-    assert unread == {("Architecture", "max_positions")}  # the context's length: what `check_context` is for
+    assert unread == set()
 
 
 def test_round_trip_through_json():
@@ -277,10 +277,10 @@ def test_round_trip_through_json():
 
 
 def test_an_override_is_typed_as_its_key():
-    overrides = ["online.optimizer.learning_rate=1", "algorithm.kwargs.beta=0", "model.numerics.remat=false", "model.path=3"]
+    overrides = ["online.optimizer.learning_rate=1", "algorithm.kwargs.beta=0", "model.architecture.tied=false", "model.path=3"]
     config = schema.load("quickstart", [f"--config.{each}" for each in overrides])
     assert config.online.optimizer.learning_rate == 1.0 and type(config.online.optimizer.learning_rate) is float
-    assert config.algorithm.kwargs["beta"] == 0.0 and config.model.numerics.remat is False and config.model.path == "3"
+    assert config.algorithm.kwargs["beta"] == 0.0 and config.model.architecture.tied is False and config.model.path == "3"
 
 
 def test_a_config_does_not_change_once_it_is_loaded():

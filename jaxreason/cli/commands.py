@@ -24,7 +24,7 @@ from jaxreason import sharding
 from jaxreason.cli.main import DONE, INTERRUPTED
 from jaxreason.cli.progress import before_after_table, make_progress, side_by_side, visible
 from jaxreason.data.batching import prompt_batch
-from jaxreason.models import huggingface
+from jaxreason.models import huggingface, lora
 from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
@@ -200,7 +200,7 @@ def sample(given: argparse.Namespace) -> int:
     def say(text: str) -> None:
         console.print(visible(text), markup=False, highlight=False)
 
-    group = 1 if given.greedy else given.n
+    group, model = 1 if given.greedy else given.n, experiments.exact_model(e)
 
     def program(params: Any, prompts: Any, key: jax.Array) -> Any:
         where = {
@@ -209,7 +209,7 @@ def sample(given: argparse.Namespace) -> int:
             "eos_ids": e.tokenizer.eos_ids,
             "pad_id": e.tokenizer.pad_id,
         }
-        return sample_and_score(e.model, e.scoring, params, prompts, None if given.greedy else key, **where)
+        return sample_and_score(model, e.scoring, params, prompts, None if given.greedy else key, **where)
 
     compiled = jax.jit(program, out_shardings=sharding.named(e.mesh))
     shards = sharding.problem_shards(e.mesh)
@@ -257,7 +257,7 @@ def report(given: argparse.Namespace) -> int:
 
 def export(given: argparse.Namespace) -> int:
     experiment, params, source = _open(given.run)
-    huggingface.export(params, experiment.architecture, experiment.tokenizer, given.out, source=experiment.source)
+    huggingface.export(lora.merge(params), experiment.architecture, experiment.tokenizer, given.out, source=experiment.source)
     Console(soft_wrap=True).print(f"{source} -> {given.out}", markup=False, highlight=False)
     return DONE
 

@@ -1,40 +1,39 @@
 """Attention over a problem's row: one prompt, read by G completions.
 
 A row is `[prompt | completion 1 | ... | completion G]`, so a prompt's keys are computed once and read by its whole group, in
-training and in sampling alike. The prompt is causal in itself; a completion sees the prompt and its own past.
-Scores and softmax are at least float32.
+training and in sampling alike. The prompt is causal in itself; a completion sees the prompt and its own past. Prompts end
+where completions begin (they are padded on the left), so distances in places are distances in tokens.
+Scores and softmax are at least float32. This is the form that runs everywhere; kernels.py has those of GPUs and TPUs.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxreason.numerics import at_least_float32
 
-Rotation = tuple[jax.Array, jax.Array]
 
+class Law(NamedTuple):
+    """What a family makes of scores."""
 
-def rotary(position: Int[Array, "*b"], *, head_size: int, theta: float, dtype: str) -> Rotation:
-    """cos and sin of position x theta^(-2i/C), each [*b, C/2] (RoFormer, arXiv:2104.09864, Eq. 34)."""
-    frequency = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
-    angle = position[..., None].astype(dtype) * jnp.asarray(frequency, dtype)[(None,) * position.ndim]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, "*b H C"], rotation: Rotation) -> Float[Array, "*b H C"]:
-    """Rotary positions in the half-split layout of Hugging Face checkpoints."""
-    cos, sin = (r[..., None, :].astype(x.dtype) for r in rotation)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    scale: float  # of queries
+    softcap: float = 0.0  # c in c tanh(score / c) (arXiv:2408.00118, section 2); 0: none
+    window: int | jax.Array = 0  # a query sees keys less than this far back, itself included; 0: all
 
 
 def softmax(scores: jax.Array) -> jax.Array:
     """Softmax that leaves a row without a single allowed key finite (scores are finite where masked)."""
     e = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     return e / jnp.sum(e, axis=-1, keepdims=True)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """cap tanh(x / cap); x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def _mask(scores: jax.Array, allowed: jax.Array) -> jax.Array:
@@ -47,62 +46,79 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=at_least_float32(a.dtype))
 
 
-def prompt_attention(
-    q: Float[Array, "P Tp H C"],
-    k: Float[Array, "P Tp K C"],
-    v: Float[Array, "P Tp K C"],
-    prompt_mask: Bool[Array, "P Tp"],
-) -> Float[Array, "P Tp H C"]:
-    """Causal attention within the prompts."""
+def _visible(query: jax.Array, key: jax.Array, law: Law) -> jax.Array:
+    """Whether the key at a place is neither after the query's place nor before its window; [..., queries, keys]."""
+    distance = query[..., :, None] - key[None, :]
+    allowed = distance >= 0
+    return allowed if isinstance(law.window, int) and law.window == 0 else allowed & (distance < law.window)
+
+
+def row_attention(
+    q: Float[Array, "P N H C"],
+    k: Float[Array, "P N K C"],
+    v: Float[Array, "P N K Cv"],
+    segments: Int[Array, "P N"],
+    *,
+    law: Law,
+) -> Float[Array, "P N H Cv"]:
+    """Causal attention within the segments of a row; segment 0 is padding, seen by nobody."""
     problems, tokens, heads, size = q.shape
-    q = (q * size**-0.5).reshape(problems, tokens, k.shape[2], -1, size)
-    scores = _dot("ptkrc,pskc->pkrts", q, k)
-    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
-    scores = _mask(scores, (causal[None] & prompt_mask[:, None, :])[:, None, None])
+    q = (q * law.scale).reshape(problems, tokens, k.shape[2], -1, size)
+    scores = softcap(_dot("ptkrc,pskc->pkrts", q, k), law.softcap)
+    place = jnp.arange(tokens, dtype=jnp.int32)
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    scores = _mask(scores, (_visible(place, place, law)[None] & same)[:, None, None])
     out = _dot("pkrts,pskc->ptkrc", softmax(scores).astype(v.dtype), v)
-    return out.reshape(problems, tokens, heads, size)
+    return out.reshape(problems, tokens, heads, -1)
 
 
 def completion_attention(
     q: Float[Array, "P G T H C"],
     k: Float[Array, "P G T K C"],
-    v: Float[Array, "P G T K C"],
+    v: Float[Array, "P G T K Cv"],
     prompt_k: Float[Array, "P Tp K C"],
-    prompt_v: Float[Array, "P Tp K C"],
+    prompt_v: Float[Array, "P Tp K Cv"],
     prompt_mask: Bool[Array, "P Tp"],
-) -> Float[Array, "P G T H C"]:
+    *,
+    law: Law,
+) -> Float[Array, "P G T H Cv"]:
     """Each completion attends to its problem's prompt and to its own past: one softmax over both."""
     problems, group, tokens, heads, size = q.shape
-    prompt_tokens = prompt_k.shape[1]
-    q = (q * size**-0.5).reshape(problems, group, tokens, k.shape[3], -1, size)
-    to_prompt = _dot("pgtkrc,pskc->pgkrts", q, prompt_k)
-    to_prompt = _mask(to_prompt, prompt_mask[:, None, None, None, None, :])
-    to_own = _dot("pgtkrc,pgskc->pgkrts", q, k)
-    to_own = _mask(to_own, jnp.tril(jnp.ones((tokens, tokens), bool))[None, None, None, None])
+    before = prompt_k.shape[1]
+    q = (q * law.scale).reshape(problems, group, tokens, k.shape[3], -1, size)
+    own = jnp.arange(tokens, dtype=jnp.int32)
+    to_prompt = softcap(_dot("pgtkrc,pskc->pgkrts", q, prompt_k), law.softcap)
+    in_window = _visible(own + before, jnp.arange(before, dtype=jnp.int32), law)
+    to_prompt = _mask(to_prompt, (in_window[None] & prompt_mask[:, None, :])[:, None, None, None])
+    to_own = softcap(_dot("pgtkrc,pgskc->pgkrts", q, k), law.softcap)
+    to_own = _mask(to_own, _visible(own, own, law)[None, None, None, None])
     p = softmax(jnp.concatenate([to_prompt, to_own], axis=-1)).astype(v.dtype)
-    out = _dot("pgkrts,pskc->pgtkrc", p[..., :prompt_tokens], prompt_v)
-    out = out + _dot("pgkrts,pgskc->pgtkrc", p[..., prompt_tokens:], v)
-    return out.reshape(problems, group, tokens, heads, size)
+    out = _dot("pgkrts,pskc->pgtkrc", p[..., :before], prompt_v)
+    out = out + _dot("pgkrts,pgskc->pgtkrc", p[..., before:], v)
+    return out.reshape(problems, group, tokens, heads, -1)
 
 
 def decode_attention(
     q: Float[Array, "P G H C"],
     k: Float[Array, "P G K T C"],
-    v: Float[Array, "P G K T C"],
+    v: Float[Array, "P G K T Cv"],
     prompt_k: Float[Array, "P Tp K C"],
-    prompt_v: Float[Array, "P Tp K C"],
+    prompt_v: Float[Array, "P Tp K Cv"],
     prompt_mask: Bool[Array, "P Tp"],
     time: Int[Array, ""],
-) -> Float[Array, "P G H C"]:
+    *,
+    law: Law,
+) -> Float[Array, "P G H Cv"]:
     """One token of every completion against the prompt's cache and its own, of which entries up to `time` are filled."""
     problems, group, heads, size = q.shape
-    prompt_tokens = prompt_k.shape[1]
-    q = (q * size**-0.5).reshape(problems, group, k.shape[2], -1, size)
-    to_prompt = _dot("pgkrc,pskc->pgkrs", q, prompt_k)
-    to_prompt = _mask(to_prompt, prompt_mask[:, None, None, None, :])
-    to_own = _dot("pgkrc,pgksc->pgkrs", q, k)
-    to_own = _mask(to_own, (jnp.arange(k.shape[3], dtype=jnp.int32) <= time)[None, None, None, None])
+    before = prompt_k.shape[1]
+    q = (q * law.scale).reshape(problems, group, k.shape[2], -1, size)
+    to_prompt = softcap(_dot("pgkrc,pskc->pgkrs", q, prompt_k), law.softcap)
+    in_window = _visible(time[None] + before, jnp.arange(before, dtype=jnp.int32), law)
+    to_prompt = _mask(to_prompt, (in_window & prompt_mask)[:, None, None, None, :])
+    to_own = softcap(_dot("pgkrc,pgksc->pgkrs", q, k), law.softcap)
+    to_own = _mask(to_own, _visible(time[None], jnp.arange(k.shape[3], dtype=jnp.int32), law)[None, None, None])
     p = softmax(jnp.concatenate([to_prompt, to_own], axis=-1)).astype(v.dtype)
-    out = _dot("pgkrs,pskc->pgkrc", p[..., :prompt_tokens], prompt_v)
-    out = out + _dot("pgkrs,pgksc->pgkrc", p[..., prompt_tokens:], v)
-    return out.reshape(problems, group, heads, size)
+    out = _dot("pgkrs,pskc->pgkrc", p[..., :before], prompt_v)
+    out = out + _dot("pgkrs,pgksc->pgkrc", p[..., before:], v)
+    return out.reshape(problems, group, heads, -1)

@@ -1,8 +1,8 @@
 """Decoders from and to Hugging Face folders, without torch: config.json, safetensors files and the tokenizer's files.
 
 Names and shapes come from the declaration (spec.py) and are all checked before a number is read. Each process reads
-only the blocks that its own devices hold. Deliberately absent: families other than Qwen2, scaled rotary positions,
-sliding windows, quantised weights and pickled checkpoints.
+only the blocks that its own devices hold. What a config.json means is families.py's matter. Deliberately absent:
+quantised weights and pickled checkpoints.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason import sharding
-from jaxreason.models import decoder, spec
+from jaxreason.models import families, spec
 from jaxreason.models.config import Architecture
+from jaxreason.models.declare import EMBEDDING, HEAD, LANGUAGE, declare
+from jaxreason.models.families import Head
 from jaxreason.models.spec import ParamSpec, Specs
 from jaxreason.models.tokenizer import Tokenizer
 
@@ -34,20 +36,6 @@ EXPORTED = ("float32", "bfloat16", "float16")
 FILE_BYTES = 5_000_000_000  # a larger export is cut into files of at most this size
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-# ours -> theirs, and what theirs is where config.json leaves it out (None: it must be there)
-KEYS: dict[str, tuple[str, int | float | bool | None]] = {
-    "vocab_size": ("vocab_size", None),
-    "hidden_size": ("hidden_size", None),
-    "layers": ("num_hidden_layers", None),
-    "heads": ("num_attention_heads", None),
-    "mlp_size": ("intermediate_size", None),
-    "max_positions": ("max_position_embeddings", None),
-    "norm_epsilon": ("rms_norm_eps", 1e-6),
-    "tied": ("tie_word_embeddings", False),
-    "initializer_range": ("initializer_range", 0.02),
-}
 
 
 def resolve(path: str) -> Path:
@@ -74,31 +62,13 @@ def resolve(path: str) -> Path:
 def read_architecture(folder: str | Path) -> Architecture:
     """The architecture that a folder's config.json states; a ValueError where it is one that we do not compute."""
     file = Path(folder) / "config.json"
-    config = _read_json(file)
-    family = config.get("model_type")
-    if family != "qwen2":
-        raise ValueError(f"{file} has model_type {family!r}, and supported is 'qwen2': give a Qwen2 or Qwen2.5 checkpoint")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    supported = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "use_sliding_window": (bool(config.get("use_sliding_window", False)), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "quantization_config": (config.get("quantization_config"), None),
-    }
-    for name, (found, expected) in supported.items():
-        if found != expected:
-            raise ValueError(f"{file} has {name} {found!r}, and supported is {expected!r}: give another checkpoint")
-    values = {ours: config.get(theirs, default) for ours, (theirs, default) in KEYS.items()}
-    for ours, (theirs, default) in KEYS.items():
-        if default is None and type(values[ours]) is not int:
-            raise ValueError(f"{file} has {theirs} {values[ours]!r}: expected an integer")
-    heads = values["heads"]
-    return Architecture(
-        **values,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or values["hidden_size"] // heads,
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-    )
+    return families.read(_read_json(file), file)
+
+
+def read_head(folder: str | Path) -> Head:
+    """What the folder's model ends in: logits, or scores of a sequence or of each token."""
+    file = Path(folder) / "config.json"
+    return families.read_head(_read_json(file), file)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -156,19 +126,9 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Stored]:
     return tensors
 
 
-def _names(each: ParamSpec) -> list[str]:
-    """A parameter's tensors: one, or one a layer."""
-    return [each.hf_name.format(layer=layer) for layer in range(each.shape[0])] if each.stacked else [each.hf_name]
-
-
-def _own(each: ParamSpec) -> tuple[int, ...]:
-    """The shape of a parameter, or of one layer of it."""
-    return each.shape[1:] if each.stacked else each.shape
-
-
 def _check(specs: Specs, tensors: dict[str, Stored], folder: Path) -> None:
     """A ValueError where the tensors are not those declared."""
-    expected = {name: each.hf.hf_shape(_own(each)) for _, each in spec.leaves(specs) for name in _names(each)}
+    expected = {name: each.hf.hf_shape(each.own) for _, each in spec.leaves(specs) for _, name in each.names()}
     wrong = []
     for name, shape in expected.items():
         if name not in tensors:
@@ -177,8 +137,14 @@ def _check(specs: Specs, tensors: dict[str, Stored], folder: Path) -> None:
             wrong.append(f"tensor {name} in {tensors[name].file} has shape {list(tensors[name].shape)}, expected {list(shape)}")
         elif tensors[name].kind not in STORED:
             wrong.append(f"tensor {name} in {tensors[name].file} holds {tensors[name].kind}, expected one of {', '.join(STORED)}")
+    extra = _predicting_ahead(folder)
     for name, stored in tensors.items():
-        if name not in expected and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+        if (
+            name not in expected
+            and not (name == HEAD and "head" not in specs)
+            and not name.endswith("rotary_emb.inv_freq")
+            and not name.startswith(extra)
+        ):
             wrong.append(f"tensor {name} in {stored.file} is not among the {len(expected)} that the architecture has")
     # some exports of a tied model hold the embedding a second time
     if not wrong and HEAD in tensors and HEAD not in expected and not _equal(tensors[HEAD], tensors[EMBEDDING]):
@@ -186,6 +152,13 @@ def _check(specs: Specs, tensors: dict[str, Stored], folder: Path) -> None:
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{folder}: {'; '.join(wrong[:3])}{more}: give a checkpoint whose tensors fit its config.json")
+
+
+def _predicting_ahead(folder: Path) -> tuple[str, ...]:
+    """DeepSeek-V3's layers for several next tokens, which follow the decoder's and are no part of it."""
+    config = _read_json(folder / "config.json")
+    first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+    return tuple(f"model.layers.{first + i}." for i in range(count))
 
 
 def _equal(a: Stored, b: Stored) -> bool:
@@ -196,17 +169,16 @@ def _equal(a: Stored, b: Stored) -> bool:
 
 def _read(each: ParamSpec, tensors: dict[str, Stored], *, dtype: str, mesh: Mesh) -> jax.Array:
     """A parameter on the mesh, layer by layer and block by block."""
-    names, own = _names(each), _own(each)
+    names, own, lead = dict(each.names()), each.own, each.lead
 
     @cache  # devices that hold the same block share one reading
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        shape = tuple(stop - start for start, stop in bounds)
-        values = np.empty(shape, jnp.dtype(dtype))
-        target = values if each.stacked else values[None]
-        index = tuple(slice(*bound) for bound in bounds[-len(own) :])
-        for row, name in enumerate(names[slice(*bounds[0])] if each.stacked else names):
+        values = np.empty(tuple(stop - start for start, stop in bounds), jnp.dtype(dtype))
+        index = tuple(slice(*bound) for bound in bounds[lead:])
+        for place in np.ndindex(*values.shape[:lead]):
+            name = names[tuple(start + i for (start, _), i in zip(bounds, place, strict=False))]
             block = tensors[name].block[each.hf.hf_index(index, own)]
-            target[row] = each.hf.to_ours(block, target.shape[1:])
+            values[place] = each.hf.to_ours(block, values.shape[lead:])
         return values
 
     def callback(index: Any) -> np.ndarray:
@@ -221,17 +193,18 @@ def _read(each: ParamSpec, tensors: dict[str, Stored], *, dtype: str, mesh: Mesh
 def export(
     params: Any,
     architecture: Architecture,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     folder: str | Path,
     *,
+    head: Head = LANGUAGE,
     source: Path | None = None,
     dtype: str = "float32",
 ) -> None:
     """Writes a folder that transformers and `load_params` read. Every process must call it; the first one writes.
 
     With a `source`, its tokenizer's files are copied, and its config.json and generation_config.json are kept but for
-    what differs. The folder appears whole or not at all; one that is there is replaced if it is an export too, and is
-    otherwise a ValueError.
+    what differs; without a tokenizer and a source the folder has none. It appears whole or not at all; one that is there is
+    replaced if it is an export too, and is otherwise a ValueError.
     """
     folder = Path(folder).absolute()
     if dtype not in EXPORTED:
@@ -245,10 +218,10 @@ def export(
     if writing:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write_tensors(params, decoder.declare(architecture), partial if writing else None, dtype=jnp.dtype(dtype))
+    _write_tensors(params, declare(architecture, head), partial if writing else None, dtype=jnp.dtype(dtype))
     if writing:
         _write_tokenizer(tokenizer, source, partial)
-        _write_json(partial / "config.json", _config(architecture, tokenizer, source, dtype=dtype))
+        _write_json(partial / "config.json", _config(architecture, head, tokenizer, source, dtype=dtype))
         _write_json(partial / "generation_config.json", _generation(tokenizer, source))
         _swap(partial, folder)
     if jax.process_count() > 1:
@@ -257,9 +230,10 @@ def export(
         multihost_utils.sync_global_devices("export")  # the folder is there for all when any returns
 
 
-def _write_tokenizer(tokenizer: Tokenizer, source: Path | None, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer | None, source: Path | None, folder: Path) -> None:
     if source is None:
-        tokenizer.save(folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
         return
     for pattern in TOKENIZER_FILES:
         for file in Path(source).glob(pattern):
@@ -283,65 +257,73 @@ def _swap(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+class Piece(NamedTuple):
+    """A parameter's part of a tensor: all of it, unless several parameters share one."""
+
+    declared: ParamSpec
+    value: jax.Array
+    index: tuple[int, ...]  # in the leading axes
+
+
 def _write_tensors(params: Any, specs: Specs, folder: Path | None, *, dtype: np.dtype) -> None:
     """Writes the safetensors files, with an index where there are several; without a folder only gathers."""
     from safetensors.numpy import save_file
 
-    values = dict(zip((path for path, _ in spec.leaves(specs)), jax.tree.leaves(params), strict=True))
-    files: list[list[tuple[str, ParamSpec, jax.Array, int]]] = [[]]
+    pieces: dict[str, list[Piece]] = {}
+    for (_, each), value in zip(spec.leaves(specs), jax.tree.leaves(params), strict=True):
+        for index, name in each.names():
+            pieces.setdefault(name, []).append(Piece(each, value, index))
+    files: list[list[str]] = [[]]
     size = total = 0
-    for path, each in spec.leaves(specs):
-        count = math.prod(_own(each)) * dtype.itemsize
-        for layer, name in enumerate(_names(each)):
-            if files[-1] and size + count > FILE_BYTES:
-                files.append([])
-                size = 0
-            files[-1].append((name, each, values[path], layer))
-            size, total = size + count, total + count
+    for name, parts in pieces.items():
+        count = sum(math.prod(part.declared.own) for part in parts) * _stored(name, dtype).itemsize
+        if files[-1] and size + count > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size, total = size + count, total + count
     placed = {}
-    for number, part in enumerate(files, start=1):
+    for number, names in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = {}
-        for name, each, value, layer in part:
-            # a layer at a time: gathering the whole stack would need room for it on every device
-            ours = sharding.fetch(value[layer] if each.stacked else value)
+        for name in names:
+            # a tensor at a time: gathering a whole stack would need room for it on every device
+            parts = sorted(pieces[name], key=lambda part: part.declared.hf.start)
+            blocks = [part.declared.hf.to_hf(sharding.fetch(part.value[part.index])) for part in parts]
             placed[name] = file
             if folder is not None:
                 # safetensors silently stores wrong values for an array that is not contiguous
-                tensors[name] = np.ascontiguousarray(each.hf.to_hf(ours).astype(dtype))
+                tensors[name] = np.ascontiguousarray(np.concatenate(blocks).astype(_stored(name, dtype)))
         if folder is not None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder is not None and len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
 
 
-def _config(architecture: Architecture, tokenizer: Tokenizer, source: Path | None, *, dtype: str) -> dict[str, Any]:
-    a = architecture
+def _stored(name: str, dtype: np.dtype) -> np.dtype:
+    """A router's correction bias is kept in float32: it decides between scores that differ little."""
+    return np.dtype("float32") if name.endswith("e_score_correction_bias") else dtype
+
+
+def _config(a: Architecture, head: Head, tokenizer: Tokenizer | None, source: Path | None, *, dtype: str) -> dict[str, Any]:
     config = _read_json(source / "config.json") if source else {}
     if source is None or read_architecture(source) != a:
-        config |= {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            **{theirs: getattr(a, ours) for ours, (theirs, _) in KEYS.items()},
-            "num_key_value_heads": a.kv_heads,
-            "head_dim": a.head_size,
-            "hidden_act": "silu",
-            "rope_parameters": {"rope_theta": a.rope_theta, "rope_type": "default"},
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            "use_cache": True,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_ids[0],
-            "pad_token_id": tokenizer.pad_id,
-        }
+        # without a tokenizer none: a family's default may lie outside the vocabulary
+        eos, pad = (None, None) if tokenizer is None else (tokenizer.eos_ids[0], tokenizer.pad_id)
+        ids = {"eos_token_id": eos, "pad_token_id": pad}
+        config |= families.write(a) | {"bos_token_id": None} | ids
+    if source is None or read_head(source) != head:
+        config |= families.write_head(a.family, head)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config
 
 
-def _generation(tokenizer: Tokenizer, source: Path | None) -> dict[str, Any]:
+def _generation(tokenizer: Tokenizer | None, source: Path | None) -> dict[str, Any]:
     """The source's settings with our stop tokens, in our order: the first is the one that ends a demonstration."""
     kept = source / "generation_config.json" if source else None
     config = _read_json(kept) if kept and kept.is_file() else {}
+    if tokenizer is None:
+        return config
     eos = tokenizer.eos_ids
     return config | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": tokenizer.pad_id}
 

@@ -31,6 +31,7 @@ class Transform(NamedTuple):
     to_hf: Callable[[np.ndarray], np.ndarray]
     hf_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     hf_index: Callable[[Index, tuple[int, ...]], Index]
+    start: int = 0  # the first of our rows in a tensor that several parameters share
 
 
 def _run(index: Index, shape: tuple[int, ...]) -> slice:
@@ -42,17 +43,25 @@ def _run(index: Index, shape: tuple[int, ...]) -> slice:
     return slice(start * inner, stop * inner)
 
 
-def linear(*, inputs: int = 1) -> Transform:
-    """A `nn.Linear` weight (out, in), ours (in..., out...) with the first `inputs` axes being the input's."""
+def linear(*, inputs: int = 1, start: int = 0, total: int = 0) -> Transform:
+    """A `nn.Linear` weight (out, in), ours (in..., out...) with the first `inputs` axes being the input's.
+
+    With a `total`, ours are the outputs from `start` on of a tensor of so many, which several parameters share.
+    """
 
     def sizes(shape: tuple[int, ...]) -> tuple[int, int]:
         return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
+    def hf_index(index: Index, shape: tuple[int, ...]) -> Index:
+        rows = _run(index[inputs:], shape[inputs:])
+        return slice(start + rows.start, start + rows.stop), _run(index[:inputs], shape[:inputs])
+
     return Transform(
         to_ours=lambda x, shape: x.T.reshape(shape),
         to_hf=lambda x: x.reshape(sizes(x.shape)).T,
-        hf_shape=lambda shape: sizes(shape)[::-1],
-        hf_index=lambda index, shape: (_run(index[inputs:], shape[inputs:]), _run(index[:inputs], shape[:inputs])),
+        hf_shape=lambda shape: (total or sizes(shape)[1], sizes(shape)[0]),
+        hf_index=hf_index,
+        start=start,
     )
 
 
@@ -77,7 +86,7 @@ def table() -> Transform:
 
 
 class ParamSpec(NamedTuple):
-    """A parameter. With a leading `layers` axis, `hf_name` holds `{layer}` and the shape without it is one layer's."""
+    """A parameter. Its leading axes `layers` and `expert` are many tensors of a checkpoint, named by `{layer}` and `{expert}`."""
 
     shape: tuple[int, ...]
     axes: sharding.Axes
@@ -85,10 +94,25 @@ class ParamSpec(NamedTuple):
     scale: float  # standard deviation of 'normal'
     hf_name: str
     hf: Transform
+    first: int = 0  # number of the first layer
 
     @property
-    def stacked(self) -> bool:
-        return self.axes[0] == "layers"
+    def lead(self) -> int:
+        """How many leading axes are tensors of their own."""
+        return ("{layer}" in self.hf_name) + ("{expert}" in self.hf_name)
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The shape of what one tensor holds."""
+        return self.shape[self.lead :]
+
+    def names(self) -> list[tuple[tuple[int, ...], str]]:
+        """(index in the leading axes, name) of every tensor, in our order."""
+        return [(index, self._name(index)) for index in np.ndindex(*self.shape[: self.lead])]
+
+    def _name(self, index: tuple[int, ...]) -> str:
+        layer, expert = (*index, 0, 0)[:2]
+        return self.hf_name.format(layer=self.first + layer, expert=expert)
 
 
 Specs = dict[str, Any]  # a nested dict with ParamSpec leaves

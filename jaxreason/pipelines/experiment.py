@@ -16,9 +16,10 @@ from jaxreason import objectives, sharding, tasks
 from jaxreason.config import Config
 from jaxreason.data.loader import Stream, problem_stream
 from jaxreason.models import config as model_config
-from jaxreason.models import decoder, huggingface, spec
+from jaxreason.models import decoder, families, huggingface, lora, spec
 from jaxreason.models.config import Architecture
 from jaxreason.models.decoder import Model
+from jaxreason.models.spec import Specs
 from jaxreason.models.tokenizer import Tokenizer, load_tokenizer, save_word_tokenizer
 from jaxreason.objectives import Algorithm
 from jaxreason.pipelines.folder import PARTIAL_TOKENIZER
@@ -40,7 +41,8 @@ class Experiment(NamedTuple):
     task: Task
     tokenizer: Tokenizer
     architecture: Architecture
-    model: Model
+    specs: Specs  # of all its weights
+    model: Model  # its specs are those of what is trained: the same, or adapters
     algorithm: Algorithm
     scoring: Scoring
     source: Path | None  # the checkpoint's folder, where there is one
@@ -78,8 +80,10 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             f"config.online makes {config.online.updates_per_step} updates a step, and algorithm '{algorithm.name}' holds for "
             "rows of the newest policy only: set epochs to 1 and problems_per_update to problems_per_step"
         )
+    if config.model.weights not in ("checkpoint", "random"):
+        raise ValueError(f"config.model.weights is '{config.model.weights}': expected 'checkpoint' or 'random'")
     source = huggingface.resolve(config.model.path) if config.model.path else None
-    architecture = huggingface.read_architecture(source) if source else config.model.architecture
+    architecture = huggingface.read_architecture(source) if source else families.of_sizes(config.model.architecture)
     model_config.check(architecture)
     model_config.check_numerics(config.model.numerics)
     configs.check_context(config, architecture)
@@ -106,8 +110,11 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
         raise ValueError(
             f"config.model.architecture.vocab_size is {architecture.vocab_size}, and the tokenizer has {tokens} tokens: {remedy}"
         )
-    model = decoder.make_decoder(architecture, config.model.numerics, mesh)
-    spec.check_divisible(model.specs, mesh)
+    model = decoder.make_decoder(architecture, config.model.numerics, mesh)._replace(balance_weight=config.model.balance_weight)
+    specs = model.specs
+    spec.check_divisible(specs, mesh)
+    if config.model.lora.rank:
+        model = model._replace(specs=lora.declare_lora(specs, config.model.lora))
     vocabulary = tokenizer.vocabulary(architecture.vocab_size)
     scoring = make_scoring(config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids)
     heldout = [task.heldout[i] for i in _fitting(task, task.heldout, tokenizer, config.sampling.max_prompt_tokens)]
@@ -118,7 +125,7 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
         )
     left_out = len(task.heldout) - len(heldout)
     task = dataclasses.replace(task, heldout=heldout)
-    return Experiment(config, mesh, task, tokenizer, architecture, model, algorithm, scoring, source, left_out)
+    return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, left_out)
 
 
 def _fitting(task: Task, problems: Sequence[Problem], tokenizer: Tokenizer, limit: int) -> list[int]:
@@ -130,17 +137,31 @@ def _fitting(task: Task, problems: Sequence[Problem], tokenizer: Tokenizer, limi
 def initial_params(experiment: Experiment) -> Any:
     """The checkpoint's weights, or random ones folded from the seed."""
     e = experiment
-    dtype = e.model.numerics.param_dtype
-    if e.source is not None:
-        return huggingface.load_params(e.model.specs, e.source, dtype=dtype, mesh=e.mesh)
+    if e.source is not None and e.config.model.weights == "checkpoint":
+        return huggingface.load_params(e.specs, e.source, dtype=e.model.numerics.param_dtype, mesh=e.mesh)
+    return _drawn(e, e.specs)
+
+
+def initial_adapters(experiment: Experiment) -> Any:
+    """Adapters that add nothing yet, of the same type as the weights."""
+    return _drawn(experiment, experiment.model.specs)
+
+
+def _drawn(e: Experiment, specs: Specs) -> Any:
     key = jax.random.fold_in(jax.random.key(e.config.seed), INITIALISING)
-    return spec.init(e.model.specs, key, dtype=dtype, mesh=e.mesh)
+    return spec.init(specs, key, dtype=e.model.numerics.param_dtype, mesh=e.mesh)
+
+
+def exact_model(experiment: Experiment) -> Model:
+    """The model that samples with the weights themselves, which are what is trained and exported."""
+    e = experiment
+    return decoder.make_decoder(e.architecture, dataclasses.replace(e.config.model.numerics, sampling_weights=""), e.mesh)
 
 
 def evaluator(experiment: Experiment) -> Evaluate:
     e = experiment
     return make_evaluate(
-        e.model,
+        exact_model(e),
         e.scoring,
         e.mesh,
         task=e.task,
@@ -165,8 +186,9 @@ def describe(e: Experiment) -> str:
     o, s = e.config.online, e.config.supervised
     shape = " x ".join(f"{name} {size}" for name, size in e.mesh.shape.items() if size > 1) or "one device"
     rollouts = o.problems_per_step * o.completions_per_problem
+    trained = f"{spec.count(e.model.specs):,} trained of " if e.config.model.lora.rank else ""
     return (
-        f"{spec.count(e.model.specs):,} parameters on {shape}; "
+        f"{trained}{spec.count(e.specs):,} parameters on {shape}; "
         f"supervised: {s.steps} steps x {s.demonstrations_per_step} demonstrations; "
         f"{e.algorithm.name}: {o.steps} steps x {o.problems_per_step} problems x {o.completions_per_problem} completions = "
         f"{rollouts} rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "

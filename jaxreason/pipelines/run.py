@@ -15,8 +15,16 @@ from jaxreason import config as configs
 from jaxreason import sharding
 from jaxreason.config import Config
 from jaxreason.data.loader import Stream
-from jaxreason.models import huggingface, spec
-from jaxreason.pipelines.experiment import Experiment, build, describe, evaluator, initial_params, training_stream
+from jaxreason.models import huggingface, lora, spec
+from jaxreason.pipelines.experiment import (
+    Experiment,
+    build,
+    describe,
+    evaluator,
+    initial_adapters,
+    initial_params,
+    training_stream,
+)
 from jaxreason.pipelines.folder import Result, begin, open_folder, read_json
 from jaxreason.training import online, supervised
 from jaxreason.training import state as states
@@ -44,6 +52,10 @@ def train(
     3. the Hugging Face folder `model.path`;
     4. the seed.
     The reference is what the supervised stage ended with, or 3, or 4.
+
+    With LoRA the weights are 3 or 4 and stay so, and what both stages train, save and resume are one set of adapters. The
+    reference is then the weights without adapters, or with a copy of those that the supervised stage ended with: there is no
+    second copy of the weights.
     """
     begun = time.perf_counter()
     open_folder(config, workdir)
@@ -62,17 +74,21 @@ def train(
             progress.message(f"{count} {kind} problems are left out: their prompts are longer than max_prompt_tokens = {limit}")
 
     # ---- supervised phases
-    params = initial_params(e)
+    params, base = initial_params(e), None
+    if config.model.lora.rank:
+        params, base = initial_adapters(e), params
+    frozen = base
     if config.supervised.steps:
-        outcome = _supervised(e, params, workdir, evaluate=evaluate, log=log, progress=progress, stop=stop)
+        outcome = _supervised(e, params, workdir, base=base, evaluate=evaluate, log=log, progress=progress, stop=stop)
         if not outcome.finished or stop():
             return Result(False, {}, {})
         params = outcome.state.params
+        frozen = None if base is None else lora.adapt(base, params)
 
     # ---- before
     examples = read_json(workdir / "examples.json")
     if "before" not in examples:
-        metrics, rows = evaluate(params)
+        metrics, rows = evaluate(lora.adapt(base, params))
         check_finite(online.STAGE, 0, metrics)
         log.evaluation(online.STAGE, 0, metrics)
         examples = {"before": rows[:EXAMPLES]}
@@ -83,26 +99,31 @@ def train(
     if config.online.steps:
         if stop():
             return Result(False, {}, examples)
-        outcome = _online(e, params, workdir, stream=stream, evaluate=evaluate, log=log, progress=progress, stop=stop)
+        told = {"evaluate": evaluate, "log": log, "progress": progress, "stop": stop}
+        outcome = _online(e, params, workdir, frozen=frozen, stream=stream, **told)
         if not outcome.finished:
             return Result(False, {}, examples)
         params = outcome.state.params
 
     # ---- after
-    metrics, rows = evaluate(params)
+    policy = lora.adapt(base, params)
+    metrics, rows = evaluate(policy)
     check_finite(online.STAGE, config.online.steps, metrics)
     before = _logged(workdir, online.STAGE, 0)
     log.evaluation(online.STAGE, config.online.steps, metrics)
     examples = {**examples, "after": rows[:EXAMPLES]}
     log.write_json("examples.json", examples)
-    huggingface.export(params, e.architecture, e.tokenizer, workdir / "policy", source=e.source)
+    if base is not None:
+        known = config.model.path if config.model.weights == "checkpoint" else ""
+        lora.export(params, e.specs, config.model.lora, workdir / "adapter", base=known)
+    huggingface.export(lora.merge(policy), e.architecture, e.tokenizer, workdir / "policy", source=e.source)
     ends = _phase_ends(config)
     summary = {
         "phases": {name: _logged(workdir, supervised.STAGE, step) for name, step in ends.items()},
         "before": before,
         "after": metrics,
         "seconds": time.perf_counter() - begun,
-        "parameters": spec.count(e.model.specs),
+        "parameters": spec.count(e.specs),
         "version": jaxreason.__version__,
         "jax": jax.__version__,
     }
@@ -115,6 +136,7 @@ def _supervised(
     params: Any,
     workdir: Path,
     *,
+    base: Any,
     evaluate: Evaluate,
     log: RunLog,
     progress: Progress,
@@ -129,6 +151,7 @@ def _supervised(
             return supervised.Outcome(state, finished=True)
         return supervised.fit(
             state,
+            base=base,
             model=e.model,
             optimizer=optimizer,
             mesh=e.mesh,
@@ -154,7 +177,9 @@ def _online(
     log: RunLog,
     progress: Progress,
     stop: Callable[[], bool],
+    frozen: Any = None,
 ) -> supervised.Outcome:
+    """The reinforcement stage; with LoRA `frozen` is the reference, and holds the weights beneath the adapters."""
     config = e.config.online
     optimizer = make_optimizer(config.optimizer, steps=config.steps * config.updates_per_step)
     step_fn = online.make_step(
@@ -173,7 +198,7 @@ def _online(
         state, start = _restore(e, checkpointer, optimizer, online.STAGE, params=params, log=log, progress=progress)
         return online.reinforce(
             state,
-            reference=params if "reference" in e.algorithm.needs else None,
+            reference=params if frozen is None and "reference" in e.algorithm.needs else frozen,
             step_fn=step_fn,
             mesh=e.mesh,
             config=config,
@@ -230,7 +255,7 @@ def _restore(
 
 
 def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
-    """The newest weights of a run's folder, and where they come from in words."""
+    """The newest weights of a run's folder, adapted ones with LoRA, and where they come from in words."""
     e = experiment
     for stage, settings, steps in (
         (online.STAGE, e.config.online.optimizer, e.config.online.steps * e.config.online.updates_per_step),
@@ -242,7 +267,8 @@ def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
             restored = checkpointer.restore_latest(states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh))
             checkpointer.close()
             if restored is not None:
-                return restored.state.params, f"stage '{stage}', step {restored.step}"
+                base = initial_params(e) if e.config.model.lora.rank else None
+                return lora.adapt(base, restored.state.params), f"stage '{stage}', step {restored.step}"
     raise ValueError(f"'{workdir}' has no checkpoint yet: train it first with jaxreason train --workdir {workdir}")
 
 

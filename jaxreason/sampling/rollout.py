@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxreason.batch import PromptBatch
 from jaxreason.models.decoder import Model
-from jaxreason.numerics import at_least_float32, dense
+from jaxreason.numerics import at_least_float32
 from jaxreason.sampling import logits as laws
 
 
@@ -77,7 +77,7 @@ def sample(
         uniforms = jax.vmap(lambda k: jax.random.uniform(k, (tokens,), jnp.float32), out_axes=1)(keys)
 
     def choose(hidden: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = dense(hidden.reshape(rows, -1), params["head"], dtype=model.numerics.matmul_dtype).astype(float_type)
+        scores = model.project(params, hidden.reshape(rows, -1)).astype(float_type)
         if key is None:
             token, logp = laws.greedy(scores / temperature)
         else:

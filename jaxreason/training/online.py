@@ -22,6 +22,7 @@ from jaxreason.batch import PromptBatch, TrainState
 from jaxreason.data.batching import prompt_batch
 from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
+from jaxreason.models.lora import adapt
 from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.objectives import Algorithm
 from jaxreason.objectives.advantages import zero_variance
@@ -115,7 +116,7 @@ def make_step(
         return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
 
     def fused(state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array) -> tuple[TrainState, Metrics, Shown]:
-        sampled, parts = collect(state.params, prompts, number)
+        sampled, parts = collect(adapt(reference, state.params), prompts, number)
         return learn(state, reference, prompts, sampled, parts, number)
 
     at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
@@ -161,7 +162,10 @@ def reinforce(
     progress: Progress,
     stop: Callable[[], bool],
 ) -> Outcome:
-    """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns."""
+    """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns.
+
+    `reference` may be None where the algorithm has no use for it and the state holds all parameters, not adapters.
+    """
     place = placer(mesh)
     progress.stage(STAGE, config.steps, start)
 
@@ -185,9 +189,10 @@ def reinforce(
 
     def staged(state: TrainState, prompts: PromptBatch, problems: list[Problem], number: jax.Array) -> Any:
         times = {}
-        collect = program("collect", step_fn.collect, state.params, prompts, number)
+        policy = adapt(reference, state.params)
+        collect = program("collect", step_fn.collect, policy, prompts, number)
         begun = time.perf_counter()
-        sampled, parts = jax.block_until_ready(collect(state.params, prompts, number))
+        sampled, parts = jax.block_until_ready(collect(policy, prompts, number))
         times["time/sample"], begun = time.perf_counter() - begun, time.perf_counter()
         groups = completions(sharding.fetch(sampled), tokenizer)
         host = score_on_host(scoring, problems, groups)
@@ -216,7 +221,7 @@ def reinforce(
         seconds, clock = now - clock, now
         values |= {**times, "time/step": seconds, "throughput/tokens_per_second": values["rollout/tokens"] / seconds}
         if state is not None:
-            values |= evaluate(state.params)[0]
+            values |= evaluate(adapt(reference, state.params))[0]
             clock = time.perf_counter()
         log.metrics(STAGE, step, values)
         log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer))

@@ -19,10 +19,11 @@ from jaxreason.training.optimizer import state_shardings
 
 def shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where each leaf of the state lies."""
+    params = spec.abstract(model.specs, dtype=model.numerics.param_dtype, mesh=mesh)
     return TrainState(
         step=sharding.named(mesh),
-        params=spec.shardings(model.specs, mesh),
-        opt_state=state_shardings(optimizer, model.specs, mesh, dtype=model.numerics.param_dtype),
+        params=jax.tree.map(lambda p: p.sharding, params),
+        opt_state=state_shardings(optimizer, params, mesh),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,10 @@ import optax
 
 from jaxreason.batch import RolloutBatch, TrainState
 from jaxreason.models.decoder import Model
-from jaxreason.numerics import masked_mean, token_logprobs
+from jaxreason.models.lora import adapt
+from jaxreason.numerics import at_least_float32, masked_mean, token_logprobs
 from jaxreason.objectives import Algorithm, Signals, combine_aux, policy_loss, prepare, weights
+from jaxreason.training.optimizer import apply_updates
 
 Metrics = dict[str, jax.Array]
 RATIO_QUANTILES = (0.01, 0.5, 0.99)
@@ -33,19 +36,26 @@ class Split(NamedTuple):
     epochs: int = 1
 
 
-def token_logp(model: Model, params: Any, batch: RolloutBatch, *, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of each completion token, entropy of its law), both [P, G, T], in nats."""
+class Scored(NamedTuple):
+    """What a forward pass says of a batch's completions."""
+
+    logp: jax.Array  # [P, G, T], of each token, in nats
+    entropy: jax.Array  # [P, G, T], of its law
+    balance: jax.Array  # [], the load-balance loss of the model's experts; 0 without
+
+
+def score(model: Model, params: Any, batch: RolloutBatch, *, temperature: float) -> Scored:
+    """Log-probabilities of the completions under softmax(logits / temperature)."""
     shape = batch.completion.shape
-    hidden = model.completion_hidden(params, batch.prompt, batch.prompt_mask, batch.completion)
+    hidden, balance = model.forward(params, batch.prompt, batch.prompt_mask, batch.completion, batch.mask)
     logp, entropy = token_logprobs(
         hidden.reshape(shape[0], shape[1] * shape[2], -1),
-        model.head(params),
+        partial(model.project, params),
         batch.completion.reshape(shape[0], -1),
         temperature=temperature,
         chunk_tokens=model.numerics.logits_chunk_tokens,
-        dtype=model.numerics.matmul_dtype,
     )
-    return logp.reshape(shape), entropy.reshape(shape)
+    return Scored(logp.reshape(shape), entropy.reshape(shape), balance)
 
 
 def slices(tree: Any, count: int) -> Any:
@@ -70,7 +80,8 @@ def make_update(
 ) -> Callable[[TrainState, Any, RolloutBatch], tuple[TrainState, Metrics, jax.Array]]:
     """update(state, reference_params, batch) -> (state, metrics, advantage): all updates that a rollout batch is used for.
 
-    The advantage is [P, G], that of each completion's first token, as the first pass over the batch saw it.
+    Where the state holds adapters alone, the frozen weights beneath them are the reference's, whatever the algorithm needs. The
+    advantage is [P, G], that of each completion's first token, as the first pass over the batch saw it.
     """
 
     def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics, jax.Array]:
@@ -78,19 +89,20 @@ def make_update(
         per_update, per_micro = split.problems_per_update, split.problems_per_microbatch
         minibatches, updates = problems // per_update, split.epochs * (problems // per_update)
 
-        def score(params: Any) -> jax.Array:
+        def logp(params: Any) -> jax.Array:
             def one(part: RolloutBatch) -> jax.Array:
-                return token_logp(model, params, part, temperature=temperature)[0]
+                return score(model, params, part, temperature=temperature).logp
 
             return jax.lax.stop_gradient(over_microbatches(one, batch, count=problems // per_micro))
 
         if "reference" in algorithm.needs:
-            batch = dataclasses.replace(batch, logp_ref=score(reference))
+            batch = dataclasses.replace(batch, logp_ref=logp(reference))
         if "old" in algorithm.needs and updates > 1:
-            batch = dataclasses.replace(batch, logp_old=score(state.params))
+            batch = dataclasses.replace(batch, logp_old=logp(adapt(reference, state.params)))
 
         def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
-            return _update(model, algorithm, optimizer, state, part, temperature=temperature, count=per_update // per_micro)
+            count = per_update // per_micro
+            return _update(model, algorithm, optimizer, state, reference, part, temperature=temperature, count=count)
 
         if updates == 1:
             state, (metrics, advantage) = one_update(state, batch)
@@ -122,6 +134,7 @@ def _update(
     algorithm: Algorithm,
     optimizer: optax.GradientTransformation,
     state: TrainState,
+    reference: Any,
     batch: RolloutBatch,
     *,
     temperature: float,
@@ -143,35 +156,44 @@ def _update(
 
     def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
         rows, signals, advantage, weight, token_weight = part
-        logp, entropy = token_logp(model, params, rows, temperature=temperature)
+        logp, entropy, balance = score(model, adapt(reference, params), rows, temperature=temperature)
         value, aux = policy_loss(algorithm, logp, signals, advantage=advantage, weight=weight, token_weight=token_weight)
         del aux["coefficient"]  # [P, G, T], to be looked at elsewhere
-        return value, (aux, jax.lax.stop_gradient(logp), entropy)
+        # a product of means over tokens, so micro-batches are averaged: splitting a batch changes it a little
+        share = (balance / count).astype(value.dtype)
+        value = value + model.balance_weight * share if model.balance_weight else value
+        return value, (aux, jax.lax.stop_gradient(logp), entropy, share)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    def gradient(params: Any, part: Any) -> tuple[Any, Any]:
+        out, new = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return out, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), new)  # before they are summed
+
     whole = (batch, signals, advantage, weight, token_weight)
     if count == 1:
-        (value, (aux, logp, entropy)), total = gradient(state.params, whole)
+        (value, (aux, logp, entropy, balance)), total = gradient(state.params, whole)
     else:
 
         def accumulate(total: Any, part: Any) -> tuple[Any, Any]:
             out, new = gradient(state.params, part)
             return jax.tree.map(jnp.add, total, new), out
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        total, (values, (aux, logp, entropy)) = jax.lax.scan(accumulate, zeros, slices(whole, count))
-        value, aux, logp, entropy = jnp.sum(values), combine_aux(aux), unslice(logp), unslice(entropy)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p.dtype)), state.params)
+        total, (values, (aux, logp, entropy, shares)) = jax.lax.scan(accumulate, zeros, slices(whole, count))
+        value, balance, aux, logp, entropy = jnp.sum(values), jnp.sum(shares), combine_aux(aux), unslice(logp), unslice(entropy)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 and float32
         updates, opt_state = optimizer.update(total, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates, opt_state)
     metrics = {
         "policy/loss": value,
         "optimizer/gradient_norm": optax.tree.norm(total),
+        "optimizer/update_norm": optax.tree.norm(updates),
         "policy/entropy": masked_mean(entropy, batch.mask),
         **{name: number for name, number in aux.items() if name != "policy/objective"},
         **_rollout_metrics(algorithm, batch, logp, entropy),
     }
+    if model.balance_weight:
+        metrics["policy/load_balance"] = balance
     new_state = TrainState(state.step + 1, params, opt_state, state.algorithm)
     per_token = jax.tree.leaves(advantage)[0]  # an algorithm with more constants than an advantage has it first
     first = jnp.argmax(batch.mask, axis=-1, keepdims=True)

@@ -16,6 +16,7 @@ from jaxreason import objectives, sharding
 from jaxreason.batch import RolloutBatch, TrainState
 from jaxreason.data.batching import demonstration_batch
 from jaxreason.models.decoder import Model
+from jaxreason.models.lora import adapt
 from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.naming import nearest
 from jaxreason.sampling.rollout import SamplingConfig
@@ -116,12 +117,16 @@ def fit(
     log: RunLog,
     progress: Progress,
     stop: Callable[[], bool],
+    base: Any = None,
 ) -> Outcome:
-    """Trains from step `start` to the end of the last phase, or until `stop()`, when it saves and returns."""
+    """Trains from step `start` to the end of the last phase, or until `stop()`, when it saves and returns.
+
+    Where the state holds adapters alone, `base` are the frozen weights beneath them.
+    """
     split = Split(config.demonstrations_per_step, config.demonstrations_per_microbatch)
     update = make_update(model, objectives.sft(), optimizer, temperature=1.0, split=split)
     at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
-    step_fn = jax.jit(lambda s, b: update(s, None, b)[:2], donate_argnums=0, out_shardings=(at, everywhere))
+    step_fn = jax.jit(lambda s, frozen, b: update(s, frozen, b)[:2], donate_argnums=0, out_shardings=(at, everywhere))
     place = placer(mesh)
     ends = set(itertools.accumulate(phase.steps for phase in config.phases.values())) - {config.steps}
     progress.stage(STAGE, config.steps, start)
@@ -146,12 +151,13 @@ def fit(
             line = {
                 "loss/sft": values["policy/loss"],
                 "optimizer/gradient_norm": values["optimizer/gradient_norm"],
+                "optimizer/update_norm": values["optimizer/update_norm"],
                 "policy/entropy": values["policy/entropy"],
                 "time/step": seconds,
                 "throughput/tokens_per_second": tokens / seconds,
             }
             if at_end_of_phase:
-                line |= evaluate(state.params)[0]
+                line |= evaluate(adapt(base, state.params))[0]
                 clock = time.perf_counter()
             log.metrics(STAGE, step, line)
             progress.update(step, line)
@@ -162,9 +168,9 @@ def fit(
         batch = batches(step)
         placed = place(batch)
         if program is None:
-            program = compiled(step_fn, state, placed)
+            program = compiled(step_fn, state, base, placed)
             clock = time.perf_counter()  # compiling is no part of a step
-        state, metrics = program(state, placed)
+        state, metrics = program(state, base, placed)
         step += 1
         flush()
         pending = (step, metrics, int(batch.prompt_mask.sum() + batch.mask.sum()))

@@ -14,6 +14,7 @@ import pytest
 
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch
+from jaxreason.models import cache as caches
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Numerics
 from jaxreason.numerics import token_logprobs
@@ -96,11 +97,15 @@ def draw(policy: Policy, prompts: PromptBatch, *, group: int = 3, tokens: int = 
     return jax.tree.map(np.asarray, run(policy.params, prompts, jax.random.key(7)))
 
 
+def logits_of(policy: Policy, params: Any, hidden: jax.Array) -> jax.Array:
+    return policy.model.project(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:-1], -1)
+
+
 @cache
 def scorer(policy: Policy, temperature: float) -> Any:
     def run(params: Any, prompts: PromptBatch, completion: jax.Array) -> jax.Array:
         hidden = policy.model.completion_hidden(params, prompts.prompt, prompts.prompt_mask, completion)
-        law = jax.nn.log_softmax(hidden @ policy.model.head(params) / temperature)
+        law = jax.nn.log_softmax(logits_of(policy, params, hidden) / temperature)
         return jnp.take_along_axis(law, completion[..., None], axis=-1)[..., 0]
 
     return jax.jit(run)
@@ -118,16 +123,14 @@ def by_logits(policy: Policy, prompts: PromptBatch, completion: np.ndarray) -> n
     rows = jnp.concatenate([jnp.repeat(prompts.prompt, group, axis=0), completion.reshape(-1, tokens)], axis=1)
     real = jnp.ones((problems * group, tokens), bool)
     mask = jnp.concatenate([jnp.repeat(prompts.prompt_mask, group, axis=0), real], axis=1)
-    run = jax.jit(
-        lambda p, t, m: decoder.logits(p, t, m, architecture=policy.architecture, numerics=policy.numerics, mesh=policy.mesh)
-    )
+    run = jax.jit(lambda p, t, m: decoder.logits(policy.model, p, t, m))
     return np.asarray(run(policy.params, rows, mask))[:, width - 1 : -1].reshape(problems, group, tokens, -1)
 
 
 # ---- cache, teacher forcing and layout
 
 
-@pytest.mark.parametrize(("layers", "temperature"), [(2, 0.6), (decoder.UNROLLED_LAYERS + 1, 1.0)], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(("layers", "temperature"), [(2, 0.6), (caches.UNROLLED_LAYERS + 1, 1.0)], ids=["unrolled", "scanned"])
 def test_sampled_logp_is_the_trained_logp(layers: int, temperature: float) -> None:
     policy, prompts = make_policy(layers=layers, tied=layers == 2), make_prompts(7, 4, 1, 5)
     out = draw(policy, prompts, temperature=temperature)
@@ -152,7 +155,7 @@ def test_completion_hidden_is_the_plain_causal_forward() -> None:
     completion = np.random.default_rng(0).integers(0, 32, (4, 2, 9)).astype(np.int32)
     run = jax.jit(policy.model.completion_hidden)
     hidden = run(policy.params, prompts.prompt, prompts.prompt_mask, jnp.asarray(completion))
-    found = np.asarray(hidden @ policy.model.head(policy.params))
+    found = np.asarray(logits_of(policy, policy.params, hidden))
     np.testing.assert_allclose(found, by_logits(policy, prompts, completion), rtol=0, atol=1e-4)
 
 
@@ -171,7 +174,7 @@ def test_a_prompt_shared_by_its_group_equals_a_copy_for_each_in_loss_and_gradien
 
     shared = run(make_policy(), prompts, completion, weight)
     # and without recomputing layers in the backward pass, which is to change nothing either
-    plain = run(make_policy(remat=False), copies, completion.reshape(-1, 1, tokens), weight.reshape(-1, 1, tokens))
+    plain = run(make_policy(remat="none"), copies, completion.reshape(-1, 1, tokens), weight.reshape(-1, 1, tokens))
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(plain), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert np.abs(b).max() > 0
@@ -191,7 +194,7 @@ def test_scanned_and_unrolled_decoding_agree(monkeypatch: pytest.MonkeyPatch) ->
     policy, prompts = make_policy(), make_prompts(7, 4, 1, 5)
     unrolled = draw(policy, prompts)
     assert isinstance(policy.model.prepare_sampling(policy.params)["layers"], tuple)
-    monkeypatch.setattr(decoder, "UNROLLED_LAYERS", 0)
+    monkeypatch.setattr(caches, "UNROLLED_LAYERS", 0)
     policy = make_policy.__wrapped__()  # a new one: the sampler of the other is compiled already
     scanned = draw(policy, prompts)
     assert not isinstance(policy.model.prepare_sampling(policy.params)["layers"], tuple)
@@ -354,7 +357,7 @@ def loss_of(chunk_tokens: int) -> Any:
     """value, (log-probabilities, entropies), gradients; the loss weighs every token differently."""
 
     def loss(hidden: jax.Array, head: jax.Array, target: jax.Array) -> Any:
-        logp, entropy = token_logprobs(hidden, head, target, temperature=0.7, chunk_tokens=chunk_tokens)
+        logp, entropy = token_logprobs(hidden, lambda h: h @ head, target, temperature=0.7, chunk_tokens=chunk_tokens)
         weight = jnp.sin(jnp.arange(logp.size, dtype=jnp.float32)).reshape(logp.shape)
         return jnp.sum(weight * logp), (logp, entropy)
 

@@ -20,12 +20,13 @@ from safetensors.numpy import load_file, save_file
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch
 from jaxreason.models import decoder, huggingface, spec
-from jaxreason.models.config import Architecture, Numerics
+from jaxreason.models.config import Architecture, Numerics, Rope
+from jaxreason.models.declare import declare
 from jaxreason.models.tokenizer import Tokenizer, load_tokenizer, save_word_tokenizer
 from jaxreason.sampling.rollout import sample
 from jaxreason.tasks.word_problems import vocabulary
 
-MODELS = ("tiny_qwen2", "tiny_qwen2_sharded")
+MODELS = ("tiny_qwen2", "tiny_qwen2_sharded", "tiny_qwen3", "tiny_llama3")
 WEIGHTS = "model.safetensors"
 
 
@@ -55,7 +56,7 @@ def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Any:
 
 
 def load(folder: Path, *, dtype: str = "float32", on: Any = None) -> Any:
-    specs = decoder.declare(huggingface.read_architecture(folder))
+    specs = declare(huggingface.read_architecture(folder))
     return huggingface.load_params(specs, folder, dtype=dtype, mesh=on or mesh())
 
 
@@ -70,11 +71,11 @@ def assert_same(a: Any, b: Any) -> None:
 
 def logits(folder: Path, tokens: np.ndarray, mask: np.ndarray, *, on: Any = None) -> np.ndarray:
     on = on or mesh()
-    architecture, numerics = huggingface.read_architecture(folder), Numerics()
+    model = decoder.make_decoder(huggingface.read_architecture(folder), Numerics(), on)
     rows = len(tokens)
     pad = -rows % sharding.problem_shards(on)  # rows must divide over the mesh
     tokens, mask = (jnp.asarray(np.concatenate([x, x[:pad]])) for x in (tokens.astype(np.int32), mask.astype(bool)))
-    run = jax.jit(lambda p, t, m: decoder.logits(p, t, m, architecture=architecture, numerics=numerics, mesh=on))
+    run = jax.jit(lambda p, t, m: decoder.logits(model, p, t, m))
     return np.asarray(run(load(folder, on=on), tokens, mask))[:rows]
 
 
@@ -125,6 +126,7 @@ def test_greedy_continuation_by_teacher_forcing_equals_that_of_transformers(fold
 # ---- import
 
 
+@pytest.mark.parametrize("folder", ["tiny_qwen2", "tiny_qwen2_sharded"], indirect=True)
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2), (8, 1, 1)], ids=str)
 def test_every_parameter_is_its_tensor_rearranged_on_any_mesh(folder: Path, axes: tuple[int, int, int]) -> None:
     params, files = load(folder, on=mesh(*axes)), tensors(folder)
@@ -250,25 +252,27 @@ def _configure(folder: Path, **changes: Any) -> Path:
 
 
 def test_both_forms_of_a_config_are_read(tied: Path) -> None:
-    expected = Architecture(512, 64, 3, 4, 2, 16, 176, 2048, 10_000.0, 1e-6, True, 0.02)
+    expected = Architecture("qwen2", 512, 64, 3, 4, 2, 16, 176, 2048, 1e-6, True, 0.02)
     assert huggingface.read_architecture(tied) == expected
     _configure(tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
-    assert huggingface.read_architecture(tied).rope_theta == 5e5
+    assert huggingface.read_architecture(tied).rope.theta == 5e5
     _configure(tied, rope_parameters=None, dtype=None, rope_theta=1_000_000, rope_scaling=None, torch_dtype="bfloat16")
-    assert huggingface.read_architecture(tied).rope_theta == 1e6
-    _configure(tied, rope_scaling={"type": "default"}, head_dim=32, num_key_value_heads=None, tie_word_embeddings=None)
+    assert huggingface.read_architecture(tied).rope.theta == 1e6
+    _configure(tied, rope_scaling={"type": "default"}, head_dim=32, tie_word_embeddings=None)
     found = huggingface.read_architecture(tied)
-    assert (found.head_size, found.kv_heads, found.tied) == (32, 4, False)
+    assert (found.head_size, found.kv_heads, found.tied) == (32, 2, False)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3"}, r"config\.json has model_type 'qwen3', and supported is 'qwen2'"),
+        ({"model_type": "gpt2"}, r"config\.json has model_type 'gpt2', and supported are deepseek_v3, gemma2, .*qwen2"),
         ({"model_type": None}, "has model_type None"),
-        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}, "has rope_type 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_type 'linear'"),
-        ({"use_sliding_window": True}, "has use_sliding_window True"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "dynamic"}}, "has rope_type 'dynamic', and supported are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "has factor None: expected a number"),
+        ({"use_sliding_window": True, "layer_types": ["chunked_attention"] * 3}, "has layer_types with 'chunked_attention'"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"]}, "has 1 layer_types for 3 layers"),
+        ({"mlp_bias": True}, "has mlp_bias True, and supported is False"),
         ({"hidden_act": "gelu"}, "has hidden_act 'gelu', and supported is 'silu'"),
         ({"quantization_config": {"bits": 4}}, "has quantization_config"),
         ({"hidden_size": None}, "has hidden_size None: expected an integer"),
@@ -353,7 +357,7 @@ def quickstart(folder: Path, **sizes: Any) -> tuple[Architecture, Tokenizer, Any
     rng = np.random.default_rng(0)
     # not zeros for the biases and ones for the scales, which would hide an exchange of two of them
     params = spec.tree_map(
-        lambda each: jnp.asarray(rng.normal(1, 0.3, each.shape) - (each.init != "ones"), jnp.float32), decoder.declare(architecture)
+        lambda each: jnp.asarray(rng.normal(1, 0.3, each.shape) - (each.init != "ones"), jnp.float32), declare(architecture)
     )
     return architecture, load_tokenizer(folder), params
 
@@ -361,7 +365,7 @@ def quickstart(folder: Path, **sizes: Any) -> tuple[Architecture, Tokenizer, Any
 def test_transformers_reads_the_config_of_an_export(tmp_path: Path) -> None:
     from transformers import AutoConfig, GenerationConfig
 
-    sizes = {"rope_theta": 5e4, "head_size": 16, "norm_epsilon": 1e-5, "initializer_range": 0.1, "max_positions": 128}
+    sizes = {"rope": Rope(5e4), "head_size": 16, "norm_epsilon": 1e-5, "initializer_range": 0.1, "max_positions": 128}
     architecture, tokenizer, params = quickstart(tmp_path / "words", **sizes)
     target = tmp_path / "deep" / "export"
     huggingface.export(params, architecture, tokenizer, target)
@@ -392,7 +396,7 @@ def test_an_export_keeps_the_word_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"tied": False, "head_size": 16, "kv_heads": 1, "layers": 10, "rope_theta": 1e6}],
+    [{}, {"tied": False, "head_size": 16, "kv_heads": 1, "layers": 10, "rope": Rope(1e6)}],
     ids=["quickstart", "other"],
 )
 def test_torch_computes_the_same_from_an_export(tmp_path: Path, sizes: dict[str, Any]) -> None:
@@ -446,7 +450,8 @@ import os, signal, sys
 from pathlib import Path
 import jax
 from jaxreason import sharding
-from jaxreason.models import decoder, huggingface
+from jaxreason.models import huggingface
+from jaxreason.models.declare import declare
 from jaxreason.models.tokenizer import Tokenizer
 
 class Killer:
@@ -458,7 +463,7 @@ assert not {"torch", "transformers"} & set(sys.modules)
 folder, target = Path(sys.argv[1]), Path(sys.argv[2])
 architecture = huggingface.read_architecture(folder)
 mesh = sharding.make_mesh(sharding.MeshConfig())
-params = huggingface.load_params(decoder.declare(architecture), folder, dtype="float32", mesh=mesh)
+params = huggingface.load_params(declare(architecture), folder, dtype="float32", mesh=mesh)
 huggingface.export(jax.tree.map(lambda x: x + 1, params), architecture, Tokenizer(Killer(), (2,), 0), target)
 """
 
@@ -483,13 +488,14 @@ from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jaxreason import sharding
-from jaxreason.models import decoder, huggingface
+from jaxreason.models import huggingface
+from jaxreason.models.declare import declare
 from jaxreason.models.tokenizer import load_tokenizer
 
 folder, target = Path(sys.argv[3]), Path(sys.argv[4])
 architecture = huggingface.read_architecture(folder)
 mesh = sharding.make_mesh(sharding.MeshConfig(1, 4, 2))
-params = huggingface.load_params(decoder.declare(architecture), folder, dtype="float32", mesh=mesh)
+params = huggingface.load_params(declare(architecture), folder, dtype="float32", mesh=mesh)
 assert not params["layers"]["q"].is_fully_addressable
 huggingface.export(params, architecture, load_tokenizer(folder), target, source=folder)
 assert (target / "config.json").is_file()
