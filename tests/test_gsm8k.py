@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxreason import config as configs
 from jaxreason.models import decoder, huggingface
 from jaxreason.models.config import Numerics
 from jaxreason.models.tokenizer import load_tokenizer
+from jaxreason.pipelines import experiment as experiments
 from jaxreason.sharding import MeshConfig, make_mesh
 from jaxreason.tasks import gsm8k
 
@@ -170,3 +173,24 @@ def test_evaluate_sample_and_export(trained, cache, tmp_path):
     jaxreason("export", folder, tmp_path / "out", cache=cache)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "policy" / name).read_bytes()
+
+
+def test_random_weights_of_a_checkpoints_architecture(model, data, tmp_path):
+    """`model.weights=random`: sizes and tokenizer of a folder, which need not hold weights; drawn from the seed."""
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"), copy_function=shutil.copyfile)
+    given = [f"model.path={bare}", f"task.kwargs.data_dir={data}", "model.numerics.matmul_dtype=float32"]
+
+    def first(*more: str) -> np.ndarray:
+        config = configs.load("gsm8k_grpo:tiny", [f"--config.{each}" for each in (*given, *more)])
+        experiment = experiments.build(config, tmp_path, devices=jax.devices()[:1])
+        return np.asarray(experiments.initial_params(experiment)["embed"])
+
+    drawn = first("model.weights=random")
+    assert 0.01 < drawn.std() < 0.03
+    np.testing.assert_array_equal(first("model.weights=random"), drawn)
+    assert (first("model.weights=random", "seed=1") != drawn).all()
+    with pytest.raises(ValueError, match="holds no model.safetensors"):
+        first()
+    with pytest.raises(ValueError, match="config.model.weights is 'none': expected 'checkpoint' or 'random'"):
+        first("model.weights=none")

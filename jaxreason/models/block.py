@@ -264,16 +264,15 @@ def scores(params: Params, hidden: Float[Array, "rows D"], *, c: Context) -> Flo
 
 
 class Kinds(NamedTuple):
-    """Windowed or full, as far as a layer's attention and positions depend on it."""
+    """The two kinds of layers, full and windowed, as far as positions depend on it."""
 
-    rotations: tuple[Rotation, Rotation]  # of full and of windowed layers; often the same
-    mixed: bool  # a stack's layers differ
+    full: Rotation
+    local: Rotation  # often the same
 
     def rotation(self, windowed: Any) -> Rotation:
-        full, local = self.rotations
-        if full is local or isinstance(windowed, bool):
-            return local if windowed is True else full
-        return jnp.where(windowed, local[0], full[0]), jnp.where(windowed, local[1], full[1])
+        if self.full is self.local or isinstance(windowed, bool):
+            return self.local if windowed is True else self.full
+        return jnp.where(windowed, self.local[0], self.full[0]), jnp.where(windowed, self.local[1], self.full[1])
 
 
 def kinds(position: jax.Array, c: Context) -> Kinds:
@@ -282,7 +281,7 @@ def kinds(position: jax.Array, c: Context) -> Kinds:
     kind = c.numerics.activation
     full = rope.rotary(position, rope=a.rope, size=size, dtype=kind)
     local = full if a.family != "gemma3_text" else rope.rotary(position, rope=a.window_rope, size=size, dtype=kind)
-    return Kinds((full, local), len({a.windowed(layer) for layer in range(a.layers)}) > 1)
+    return Kinds(full, local)
 
 
 def layers_windowed(stack: Stack, c: Context) -> Any:

@@ -205,45 +205,45 @@ class Numerics:
 KEY = "config.model.architecture"
 
 
-def check(architecture: Architecture) -> None:
-    """A ValueError where the sizes contradict each other."""
+def check(architecture: Architecture, *, key: str = KEY) -> None:
+    """A ValueError where the sizes contradict each other; it says under which key they are."""
     a = architecture
     if a.family not in FAMILIES:
-        raise ValueError(f"{KEY}.family is '{a.family}', which does not exist: {nearest(a.family, [*FAMILIES])}")
+        raise ValueError(f"{key}.family is '{a.family}', which does not exist: {nearest(a.family, [*FAMILIES])}")
     for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_size", "mlp_size", "max_positions"):
         if getattr(a, name) < 1:
-            raise ValueError(f"{KEY}.{name} is {getattr(a, name)}: expected a positive number")
+            raise ValueError(f"{key}.{name} is {getattr(a, name)}: expected a positive number")
     for name in ("norm_epsilon", "initializer_range"):
         if not getattr(a, name) > 0:
-            raise ValueError(f"{KEY}.{name} is {getattr(a, name)}: expected more than 0")
+            raise ValueError(f"{key}.{name} is {getattr(a, name)}: expected more than 0")
     for name in ("attention_scale", "attention_softcap", "final_softcap", "window"):
         if getattr(a, name) < 0:
-            raise ValueError(f"{KEY}.{name} is {getattr(a, name)}: expected 0 or more")
+            raise ValueError(f"{key}.{name} is {getattr(a, name)}: expected 0 or more")
     if a.heads % a.kv_heads:
-        raise ValueError(f"{KEY}.kv_heads is {a.kv_heads}, which does not divide heads = {a.heads}: choose a divisor of {a.heads}")
+        raise ValueError(f"{key}.kv_heads is {a.kv_heads}, which does not divide heads = {a.heads}: choose a divisor of {a.heads}")
     for name, letters, value in (("attention_layers", "wf", a.attention_layers), ("experts.layers", "sd", a.experts.layers)):
         if not value or set(value) - set(letters):
-            raise ValueError(f"{KEY}.{name} is '{value}': expected a word of the letters {letters[0]} and {letters[1]}")
-    _check_family(a)
-    _check_rope(a.rope, a, key=f"{KEY}.rope")
-    _check_rope(a.window_rope, a, key=f"{KEY}.window_rope")
-    _check_experts(a.experts)
-    _check_latent(a)
+            raise ValueError(f"{key}.{name} is '{value}': expected a word of the letters {letters[0]} and {letters[1]}")
+    _check_family(a, key=key)
+    _check_rope(a.rope, a, key=f"{key}.rope")
+    _check_rope(a.window_rope, a, key=f"{key}.window_rope")
+    _check_experts(a.experts, key=key)
+    _check_latent(a, key=key)
 
 
-def _check_family(a: Architecture) -> None:
+def _check_family(a: Architecture, *, key: str) -> None:
     """What the family's checkpoints cannot say is refused: the trained model could not be exported."""
     windowed = {a.windowed(layer) for layer in range(a.layers)}
     if a.window and (not a.traits.windows or (a.traits.windows == "all" and windowed != {True})):
         expected = "'w', all layers" if a.traits.windows else "window = 0"
         raise ValueError(
-            f"{KEY}.window is {a.window} with attention_layers '{a.attention_layers}' in family '{a.family}': expected {expected}"
+            f"{key}.window is {a.window} with attention_layers '{a.attention_layers}' in family '{a.family}': expected {expected}"
         )
     letters = "".join("s" if a.sparse(layer) else "d" for layer in range(a.layers))
     if a.experts.count and (not a.traits.experts or (a.traits.experts == "last" and "sd" in letters)):
         expected = "dense layers before sparse ones only" if a.traits.experts else "count = 0"
         raise ValueError(
-            f"{KEY}.experts has count = {a.experts.count} and layers '{a.experts.layers}' in family '{a.family}': "
+            f"{key}.experts has count = {a.experts.count} and layers '{a.experts.layers}' in family '{a.family}': "
             f"expected {expected}"
         )
 
@@ -262,58 +262,60 @@ def _check_rope(rope: Rope, a: Architecture, *, key: str) -> None:
         raise ValueError(
             f"{key}.original_positions is {rope.original_positions}: '{rope.kind}' needs the context before it was stretched"
         )
+    if rope.kind == "yarn" and not rope.theta > 1:
+        raise ValueError(f"{key}_theta is {rope.theta}: expected more than 1, as 'yarn' takes its logarithm")
     if rope.kind == "llama3" and not rope.high_factor > rope.low_factor:
         raise ValueError(f"{key}.high_factor is {rope.high_factor}: expected more than low_factor = {rope.low_factor}")
     size = a.latent.rotated if a.latent.kv_rank else math.floor(a.head_size * rope.fraction)
     if size < 2 or size % 2:
         which = "latent.rotated" if a.latent.kv_rank else "head_size" if rope.fraction == 1 else "rope.fraction x head_size"
-        raise ValueError(f"{KEY}.{which} is {size}: expected an even number, which rotary positions need")
+        raise ValueError(f"{key.rpartition('.')[0]}.{which} is {size}: expected an even number, which rotary positions need")
 
 
-def _check_experts(e: Experts) -> None:
+def _check_experts(e: Experts, *, key: str) -> None:
     if not e.count:
         return
     if e.scoring not in ("softmax", "sigmoid"):
         raise ValueError(
-            f"{KEY}.experts.scoring is '{e.scoring}', which does not exist: {nearest(e.scoring, ('softmax', 'sigmoid'))}"
+            f"{key}.experts.scoring is '{e.scoring}', which does not exist: {nearest(e.scoring, ('softmax', 'sigmoid'))}"
         )
     if not 1 <= e.chosen <= e.count:
-        raise ValueError(f"{KEY}.experts.chosen is {e.chosen}: expected 1 to experts.count = {e.count}")
+        raise ValueError(f"{key}.experts.chosen is {e.chosen}: expected 1 to experts.count = {e.count}")
     if e.mlp_size < 1 or e.shared_mlp_size < 0:
         raise ValueError(
-            f"{KEY}.experts.mlp_size is {e.mlp_size} and shared_mlp_size {e.shared_mlp_size}: expected 1 or more and 0 or more"
+            f"{key}.experts.mlp_size is {e.mlp_size} and shared_mlp_size {e.shared_mlp_size}: expected 1 or more and 0 or more"
         )
     if e.groups < 1 or e.count % e.groups or not 1 <= e.chosen_groups <= e.groups:
         raise ValueError(
-            f"{KEY}.experts has count = {e.count}, groups = {e.groups} and chosen_groups = {e.chosen_groups}: "
+            f"{key}.experts has count = {e.count}, groups = {e.groups} and chosen_groups = {e.chosen_groups}: "
             "expected a number of groups that divides count, and at most all of them chosen"
         )
     if e.groups > 1 and e.count == e.groups:
         raise ValueError(
-            f"{KEY}.experts.groups is {e.groups}: a group's score is that of its two best experts, so give each two or more"
+            f"{key}.experts.groups is {e.groups}: a group's score is that of its two best experts, so give each two or more"
         )
     if e.chosen > e.count // e.groups * e.chosen_groups:
         raise ValueError(
-            f"{KEY}.experts.chosen is {e.chosen}, and {e.chosen_groups} of {e.groups} groups hold "
+            f"{key}.experts.chosen is {e.chosen}, and {e.chosen_groups} of {e.groups} groups hold "
             f"{e.count // e.groups * e.chosen_groups} of {e.count} experts: choose fewer experts or more groups"
         )
 
 
-def _check_latent(a: Architecture) -> None:
+def _check_latent(a: Architecture, *, key: str) -> None:
     if (a.latent.kv_rank > 0) != (a.family == "deepseek_v3"):
         raise ValueError(
-            f"{KEY}.latent.kv_rank is {a.latent.kv_rank} in family '{a.family}': expected more than 0 in deepseek_v3 alone"
+            f"{key}.latent.kv_rank is {a.latent.kv_rank} in family '{a.family}': expected more than 0 in deepseek_v3 alone"
         )
     if not a.latent.kv_rank:
         return
     if a.latent.value_size < 1 or a.latent.rotated >= a.head_size:
         raise ValueError(
-            f"{KEY}.latent has value_size = {a.latent.value_size} and rotated = {a.latent.rotated}: expected a positive size, and "
+            f"{key}.latent has value_size = {a.latent.value_size} and rotated = {a.latent.rotated}: expected a positive size, and "
             f"fewer rotated entries than head_size = {a.head_size}"
         )
     if a.attention_bias or a.kv_heads != a.heads:
         raise ValueError(
-            f"{KEY} has latent attention with attention_bias or kv_heads other than heads: neither is computed, remove it"
+            f"{key} has latent attention with attention_bias or kv_heads other than heads: neither is computed, remove it"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxreason.models.config import FAMILIES, ROPES, Architecture, Experts, Latent, Rope, Sizes
+from jaxreason.models.config import FAMILIES, ROPES, Architecture, Experts, Latent, Rope, Sizes, check
 from jaxreason.naming import nearest
 
 Json = dict[str, Any]
@@ -65,6 +65,20 @@ class Config(NamedTuple):
             raise ValueError(f"{self.file} has {key} {value!r}: expected {expected}")
         return value
 
+    def several(self, key: str, kind: type, *, where: Json | None = None) -> Any:
+        """A list or an object; an absent one is empty."""
+        value = (self.content if where is None else where).get(key)
+        if not isinstance(value, kind | None):
+            raise ValueError(f"{self.file} has {key} {value!r}: expected {'a list' if kind is list else 'an object'}")
+        return value or kind()
+
+    def positive(self, key: str, default: Any, kind: type) -> Any:
+        """A number above 0."""
+        value = self.number(key, default, kind)
+        if not value > 0:
+            raise ValueError(f"{self.file} has {key} {value!r}: expected more than 0")
+        return value
+
     def only(self, key: str, expected: Any, *, default: Any = None) -> None:
         """A ValueError where a setting is other than the one that is computed."""
         found = self.content.get(key)
@@ -76,7 +90,7 @@ class Config(NamedTuple):
 def read(content: Json, file: Path) -> Architecture:
     """The architecture that a config.json states."""
     config, family = Config(content, file), content.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
             f"{file} has model_type {family!r}, and supported are {', '.join(sorted(FAMILIES))}: give one of their checkpoints"
         )
@@ -93,7 +107,7 @@ def read(content: Json, file: Path) -> Architecture:
     latent, head_size = Latent(), config.number("head_dim", HEAD_SIZE.get(family, width // max(1, heads)), int)
     if family == "deepseek_v3":
         latent, head_size = _latent(config)
-    return Architecture(
+    architecture = Architecture(
         family=family,
         vocab_size=config.number("vocab_size", None, int),
         hidden_size=width,
@@ -107,7 +121,7 @@ def read(content: Json, file: Path) -> Architecture:
         tied=config.number("tie_word_embeddings", family in GEMMA, bool),
         initializer_range=config.number("initializer_range", 0.02, float),
         attention_bias=family in BIASED and config.number("attention_bias", False, bool),
-        attention_scale=config.number("query_pre_attn_scalar", 256.0, float) ** -0.5 if family in GEMMA else 0.0,
+        attention_scale=config.positive("query_pre_attn_scalar", 256.0, float) ** -0.5 if family in GEMMA else 0.0,
         attention_softcap=_softcap(config, "attn_logit_softcapping", 50.0) if family == "gemma2" else 0.0,
         final_softcap=_softcap(config, "final_logit_softcapping", 30.0) if family in GEMMA else 0.0,
         window=window,
@@ -117,6 +131,8 @@ def read(content: Json, file: Path) -> Architecture:
         experts=_experts(config, family, layers),
         latent=latent,
     )
+    check(architecture, key=f"{file}: architecture" if file.suffix == ".json" else str(file))
+    return architecture
 
 
 def of_sizes(sizes: Sizes) -> Architecture:
@@ -151,12 +167,13 @@ def _softcap(config: Config, key: str, default: float) -> float:
 
 def read_head(content: Json, file: Path) -> Head:
     """The head that `architectures` names; where it names none, the language model's."""
-    name = next(iter(content.get("architectures") or [SUFFIX["lm"]]))
+    config = Config(content, file)
+    name = next(iter(config.several("architectures", list) or [SUFFIX["lm"]]))
     kinds = [kind for kind, suffix in SUFFIX.items() if str(name).endswith(suffix)]
     if not kinds:
         raise ValueError(f"{file} has architectures [{name!r}], and supported are those that end in {', '.join(SUFFIX.values())}")
-    labels = content.get("id2label")
-    return Head(kinds[0], 1) if kinds[0] == "lm" else Head(kinds[0], 2 if labels is None else len(labels))
+    labels = config.several("id2label", dict)  # transformers leaves two labels out
+    return Head(kinds[0], 1) if kinds[0] == "lm" else Head(kinds[0], len(labels) or 2)
 
 
 def write_head(family: str, head: Head) -> Json:
@@ -174,11 +191,11 @@ def write_head(family: str, head: Head) -> Json:
 
 def _ropes(config: Config, family: str) -> tuple[Rope, Rope]:
     """Of full and of windowed layers: they differ in Gemma 3 alone."""
-    old, today = config.content.get("rope_scaling"), config.content.get("rope_parameters") or {}
+    old, today = config.several("rope_scaling", dict), config.several("rope_parameters", dict)
     if family != "gemma3_text":
         return _rope(config, family, old or today, theta=10_000.0), Rope()
-    full = old or today.get("full_attention") or {}
-    local = today.get("sliding_attention") or {}
+    full = old or config.several("full_attention", dict, where=today)
+    local = config.several("sliding_attention", dict, where=today)
     return (
         _rope(config, family, full, theta=1_000_000.0),
         _rope(config, family, local, theta=10_000.0, key="rope_local_base_freq"),
@@ -245,8 +262,8 @@ def _windows(config: Config, family: str, layers: int) -> tuple[int, str]:
     if window is None:
         return none
     window = config.number("sliding_window", window, int)
-    types = content.get("layer_types")
-    if types is not None:
+    types = config.several("layer_types", list)
+    if types:
         unknown = [each for each in types if each not in LETTERS]
         if unknown or len(types) != layers:
             what = f"has layer_types with {unknown[0]!r}" if unknown else f"has {len(types)} layer_types for {layers} layers"
@@ -256,7 +273,7 @@ def _windows(config: Config, family: str, layers: int) -> tuple[int, str]:
         first = config.number("max_window_layers", 28, int)
         letters = "".join("w" if i >= first else "f" for i in range(layers))
     elif family in GEMMA:
-        every = 2 if family == "gemma2" else config.number("sliding_window_pattern", 6, int)
+        every = 2 if family == "gemma2" else config.positive("sliding_window_pattern", 6, int)
         letters = "".join("w" if (i + 1) % every else "f" for i in range(layers))
     else:
         letters = "w"
@@ -266,7 +283,7 @@ def _windows(config: Config, family: str, layers: int) -> tuple[int, str]:
 def _period(letters: str) -> str:
     """The shortest word whose repetition is this one."""
     sizes = (n for n in range(1, len(letters) + 1) if all(c == letters[i % n] for i, c in enumerate(letters)))
-    return letters[: next(sizes)]
+    return letters[: next(sizes, 0)]
 
 
 # ---- experts and latent attention
@@ -275,8 +292,8 @@ def _period(letters: str) -> str:
 def _experts(config: Config, family: str, layers: int) -> Experts:
     if family == "qwen3_moe":
         count = config.number("num_experts", config.number("num_local_experts", 128, int), int)
-        every, dense = config.number("decoder_sparse_step", 1, int), config.content.get("mlp_only_layers") or []
-        sparse = "".join("d" if i in dense or (i + 1) % max(1, every) else "s" for i in range(layers))
+        every, dense = config.positive("decoder_sparse_step", 1, int), config.several("mlp_only_layers", list)
+        sparse = "".join("d" if i in dense or (i + 1) % every else "s" for i in range(layers))
         return Experts(
             count=count if "s" in sparse else 0,
             chosen=config.number("num_experts_per_tok", 8, int),

@@ -19,11 +19,11 @@ Rotation = tuple[jax.Array, jax.Array]
 
 
 def frequencies(rope: Rope, *, size: int) -> np.ndarray:
-    """The angle a token of each of `size / 2` pairs: theta^(-2i/size) (arXiv:2104.09864, Eq. 15), stretched by `rope.kind`.
+    """The angle a token of each of `size / 2` pairs: theta^(-2i/size) (arXiv:2104.09864, section 3.2.2), stretched by `rope.kind`.
 
-    linear: f / s (arXiv:2306.15595, Eq. 3). llama3: f for waves shorter than L0 / high, f / s for those longer than L0 / low, and
-    between them mixed in proportion to L0 f / 2 pi. yarn: f / s and f mixed by a ramp over the dimensions (arXiv:2309.00071,
-    section 3.2).
+    linear: f / s (position interpolation, arXiv:2306.15595). llama3: f for waves shorter than L0 / high, f / s for those longer
+    than L0 / low, and between them mixed in proportion to L0 f / 2 pi. yarn: f / s and f mixed by a ramp over the dimensions
+    (arXiv:2309.00071).
     """
     base = rope.theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if rope.kind == "default":
@@ -58,7 +58,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def amplitude(rope: Rope) -> float:
-    """What cos and sin are multiplied by: yarn's sqrt(1/t) = 0.1 ln s + 1 (arXiv:2309.00071, Eq. 22), else 1."""
+    """What cos and sin are multiplied by: yarn's sqrt(1/t) = 0.1 ln s + 1 (arXiv:2309.00071), else 1."""
     if rope.kind != "yarn":
         return 1.0
     if rope.attention_factor:

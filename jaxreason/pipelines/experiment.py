@@ -84,7 +84,6 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
         raise ValueError(f"config.model.weights is '{config.model.weights}': expected 'checkpoint' or 'random'")
     source = huggingface.resolve(config.model.path) if config.model.path else None
     architecture = huggingface.read_architecture(source) if source else families.of_sizes(config.model.architecture)
-    model_config.check(architecture)
     model_config.check_numerics(config.model.numerics)
     configs.check_context(config, architecture)
     task = configs.make(tasks, config.task, key="task", returns="Task")

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch
+from jaxreason.models import cache as caches
 from jaxreason.models import config as configs
-from jaxreason.models import decoder, families, heads, huggingface, spec
+from jaxreason.models import decoder, families, heads, huggingface, kernels, spec
 from jaxreason.models.config import Architecture, Experts, Latent, Numerics, Rope
 from jaxreason.models.declare import declare
 from jaxreason.models.families import Head
@@ -125,6 +126,42 @@ def test_greedy_continuations_equal_those_of_transformers(name: str) -> None:
     law = np.asarray(jax.nn.log_softmax(logits)).reshape(*completion.shape, -1)
     np.testing.assert_array_equal(law.argmax(-1), completion)
     np.testing.assert_allclose(law.max(-1), logp, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "deepseek_v3", "qwen3_moe_dense"])
+def test_scanned_decoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in deep models: both kinds of windows, latents, and dense layers between sparse ones."""
+    monkeypatch.setattr(caches, "UNROLLED_LAYERS", 0)
+    model, params = made(name)
+    _, _, left, mask = rows(name)
+    prompts = PromptBatch(jnp.asarray(left), jnp.asarray(mask), jnp.arange(4, dtype=jnp.uint32), jnp.zeros(4, jnp.int32))
+    settings = {"group": 1, "max_completion_tokens": TOKENS, "eos_ids": (10_000,), "pad_id": 0}
+    found = quick(lambda p: sample(model, p, prompts, None, **settings))(params)
+    np.testing.assert_array_equal(found.completion[:, 0], reference(name)["greedy"])
+
+
+@pytest.mark.parametrize("name", ["gemma2", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_attention_through_a_kernel_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TPU's kernel, interpreted, in training rows and in plain ones: soft-caps, both windows, values narrower than keys."""
+    model, params = made(name)
+    right, right_mask, left, mask = (jnp.asarray(x) for x in rows(name))
+    completion = jnp.asarray(reference(name)["greedy"][:, :12].reshape(4, 2, 6))
+
+    def run(params: Any) -> Any:
+        def loss(params: Any) -> Any:
+            hidden = model.completion_hidden(params, left, mask, completion)
+            plain = model.hidden(params, right, right_mask.astype(jnp.int32))
+            return jnp.sum(hidden**2) * 0.01, (hidden, jnp.where(right_mask[..., None], plain, 0.0))
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    expected = quick(run)(params)
+    interpreted = partial(kernels.row_attention, interpret=True)
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: "splash")
+    monkeypatch.setattr(kernels, "row_attention", interpreted)
+    found = quick(lambda params: run(params))(params)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-3 * max(1.0, np.abs(y).max()))
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -313,6 +350,12 @@ def test_layers_that_predict_further_ahead_are_left_out_where_the_config_names_t
         ("gemma2", {"hidden_activation": "relu"}, "has hidden_activation 'relu'"),
         ("llama3", {"quantization_config": {"bits": 4}}, "has quantization_config"),
         ("llama3", {"rms_norm_eps": "small"}, "has rms_norm_eps 'small': expected a number"),
+        ("llama3", {"rope_scaling": [8]}, r"has rope_scaling \[8\]: expected an object"),
+        ("llama3", {"num_attention_heads": 5}, r"config\.json: architecture\.kv_heads is 2, which does not divide heads = 5"),
+        ("llama3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "rope_theta is 1.0: expected more than 1"),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "has sliding_window_pattern 0: expected more than 0"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "has mlp_only_layers 1: expected a list"),
+        ("deepseek_v3", {"n_group": 3}, "experts has count = 8, groups = 3"),
         ("qwen2_reward", {"architectures": ["Qwen2ForProcessRewardModel"]}, "supported are those that end in ForCausalLM"),
     ],
 )
@@ -386,15 +429,15 @@ def test_the_older_form_reads_what_is_absent_as_transformers_does() -> None:
     """Every key with a default left out, against transformers' own defaults."""
     from transformers import AutoConfig
 
-    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 48, "max_position_embeddings": 64}
     for family in configs.FAMILIES:
-        config = {"model_type": family, "num_attention_heads": 4, "architectures": ["ForCausalLM"], **sizes}
+        config = {"model_type": family, "num_attention_heads": 32, "architectures": ["ForCausalLM"], **sizes}
         found = families.read(config, Path("config.json"))
         theirs = AutoConfig.for_model(
             family, **{name: value for name, value in config.items() if name not in ("model_type", "architectures")}
         )
         # DeepSeek-V3's number of key heads is that of its heads, and transformers has 128 for both
-        assert found.kv_heads == (4 if family == "deepseek_v3" else theirs.num_key_value_heads or 4), family
+        assert found.kv_heads == (32 if family == "deepseek_v3" else theirs.num_key_value_heads or 32), family
         assert found.norm_epsilon == theirs.rms_norm_eps and found.tied == theirs.tie_word_embeddings, family
         types = getattr(theirs, "layer_types", None) or ["full_attention"] * 4
         window = getattr(theirs, "sliding_window", None)
@@ -404,7 +447,7 @@ def test_the_older_form_reads_what_is_absent_as_transformers_does() -> None:
         if "sliding_attention" in types:
             assert found.window == window, family
         if family != "deepseek_v3":
-            assert found.head_size == (getattr(theirs, "head_dim", None) or 8), family
+            assert found.head_size == (getattr(theirs, "head_dim", None) or 2), family
 
 
 def test_declared_names_are_all_of_a_folders() -> None:
