@@ -169,17 +169,23 @@ def _tensors(adapters: Params, declared: Specs, *, rank: int) -> tuple[dict[str,
             modules.setdefault(layer[name].a.hf_name, []).append(name)
         for module, names in modules.items():
             parts[module.removeprefix(PEFT).removesuffix(".lora_A.weight")] = len(names)
-            for index, name_a in layer[names[0]].a.names():
-                a, b = [], np.zeros((layer[names[0]].b.hf.hf_shape(layer[names[0]].b.own)[0], rank * len(names)), np.float32)
-                for i, name in enumerate(names):
+            first = layer[names[0]]
+            for index, name_a in first.a.names():
+                a, b = [], np.zeros((first.b.hf.hf_shape(first.b.own)[0], rank * len(names)), np.float32)
+                for number, name in enumerate(names):
                     ours, spec = adapters[stack][name], layer[name]
-                    own = spec.b.hf.to_hf(sharding.fetch(ours.b[index]))
-                    b[spec.b.hf.start : spec.b.hf.start + len(own), i * rank : (i + 1) * rank] = own
-                    a.append(spec.a.hf.to_hf(sharding.fetch(ours.a[index])).astype(np.float32))
+                    own = _in_file(ours.b, spec.b, index)
+                    b[spec.b.hf.start : spec.b.hf.start + len(own), number * rank : (number + 1) * rank] = own
+                    a.append(_in_file(ours.a, spec.a, index))
                 # safetensors silently stores wrong values for an array that is not contiguous
                 tensors[name_a] = np.ascontiguousarray(np.concatenate(a))
                 tensors[name_a.replace("lora_A", "lora_B")] = b
     return tensors, parts
+
+
+def _in_file(value: jax.Array, declared: ParamSpec, index: tuple[int, ...]) -> np.ndarray:
+    """One layer's matrix as a file holds it, [outputs, inputs]."""
+    return declared.hf.to_hf(sharding.fetch(value[index])).astype(np.float32)
 
 
 def _peft_config(specs: Specs, parts: dict[str, int], config: LoraConfig, base: str) -> dict[str, Any]:

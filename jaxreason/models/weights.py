@@ -58,8 +58,9 @@ def join(weights: list[Weight]) -> tuple[Weight, ...]:
 def product(x: jax.Array, weight: Weight, *, dtype: str) -> jax.Array:
     """x W of rows x, operands in `dtype`, the result at least in float32."""
     if isinstance(weight, LowRank):
-        own = dense(dense(x, weight.a, dtype=dtype).astype(x.dtype), weight.b, dtype=dtype)
-        return product(x, jax.lax.stop_gradient(weight.weight), dtype=dtype) + weight.scale * own
+        # without the barrier XLA's CPU compiler writes the product's transpose as a product of bfloat16, which it cannot run
+        low = jax.lax.optimization_barrier(weight.scale * dense(x, weight.a, dtype=dtype))
+        return product(x, jax.lax.stop_gradient(weight.weight), dtype=dtype) + dense(low.astype(x.dtype), weight.b, dtype=dtype)
     if isinstance(weight, Int8):
         return dense(x, weight.values.astype(dtype), dtype=dtype) * weight.scale.astype(at_least_float32(dtype))[None]
     return dense(x, weight, dtype=dtype)
