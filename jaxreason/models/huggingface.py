@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason import sharding
-from jaxreason.models import families, spec
+from jaxreason.models import config_json, families, spec
 from jaxreason.models.config import Architecture
 from jaxreason.models.declare import EMBEDDING, HEAD, LANGUAGE, declare
 from jaxreason.models.families import Head
@@ -311,9 +311,9 @@ def _config(a: Architecture, head: Head, tokenizer: Tokenizer | None, source: Pa
         # without a tokenizer none: a family's default may lie outside the vocabulary
         eos, pad = (None, None) if tokenizer is None else (tokenizer.eos_ids[0], tokenizer.pad_id)
         ids = {"eos_token_id": eos, "pad_token_id": pad}
-        config |= families.write(a) | {"bos_token_id": None} | ids
+        config |= config_json.write(a) | {"bos_token_id": None} | ids
     if source is None or read_head(source) != head:
-        config |= families.write_head(a.family, head)
+        config |= config_json.write_head(a.family, head)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config
 

@@ -352,7 +352,7 @@ def test_layers_that_predict_further_ahead_are_left_out_where_the_config_names_t
         ("llama3", {"rms_norm_eps": "small"}, "has rms_norm_eps 'small': expected a number"),
         ("llama3", {"rope_scaling": [8]}, r"has rope_scaling \[8\]: expected an object"),
         ("llama3", {"num_attention_heads": 5}, r"config\.json: architecture\.kv_heads is 2, which does not divide heads = 5"),
-        ("llama3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "rope_theta is 1.0: expected more"),
+        ("llama3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "rope_theta is 1.0: expected"),
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "has sliding_window_pattern 0: expected more than 0"),
         ("qwen3_moe", {"mlp_only_layers": 1}, "has mlp_only_layers 1: expected a list"),
         ("deepseek_v3", {"n_group": 3}, "experts has count = 8, groups = 3"),
