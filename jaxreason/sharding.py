@@ -20,6 +20,7 @@ MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 RULES: Mapping[str, tuple[str, ...]] = {
     "problems": ("data", "fsdp", "expert"),
     "tokens": ("sequence",),
+    "pieces": ("data", "fsdp", "expert", "sequence"),  # problems' rows, each cut along its tokens: see `cut`
     "embed": ("fsdp",),
     "rank": ("fsdp",),  # the bottlenecks of latent attention
     "heads": ("tensor",),
@@ -112,6 +113,30 @@ def constrainer(mesh: Mesh) -> Constrain:
 def problem_shards(mesh: Mesh) -> int:
     """Into how many parts the `problems` axis is split."""
     return math.prod(mesh.shape[axis] for axis in RULES["problems"])
+
+
+def cut(x: jax.Array, mesh: Mesh, *, axis: int) -> jax.Array:
+    """Problems' rows [P, ..., N, ...] with a device's share of their tokens as a row of its own: [P S, ..., N / S, ...].
+
+    S is the size of the mesh axis `sequence`, which divides N. No number moves between devices that hold x split along `axis`: the
+    same shards are read as another array, whose tokens can be flattened and taken chunk by chunk like any.
+    """
+    return _read_as(x, mesh, _tokens_split(axis), partition(("pieces",)))
+
+
+def uncut(x: jax.Array, mesh: Mesh, *, axis: int) -> jax.Array:
+    """The inverse of `cut`."""
+    return _read_as(x, mesh, partition(("pieces",)), _tokens_split(axis))
+
+
+def _tokens_split(axis: int) -> PartitionSpec:
+    return partition(("problems", *(None for _ in range(1, axis)), "tokens"))
+
+
+def _read_as(x: jax.Array, mesh: Mesh, given: PartitionSpec, wanted: PartitionSpec) -> jax.Array:
+    if mesh.shape["sequence"] == 1:
+        return x
+    return jax.shard_map(lambda own: own, mesh=mesh, in_specs=given, out_specs=wanted)(x)
 
 
 def place(mesh: Mesh, tree: Any, axes: Axes) -> Any:

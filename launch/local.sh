@@ -36,6 +36,8 @@ type "${command[0]}" >/dev/null 2>&1 ||
 if [[ -n ${DEVICES:-} ]]; then
     export JAX_PLATFORMS=cpu
     export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
+    # simulated devices wait for each other in a pool of NPROC threads; with one a device, two sums can each hold half of them
+    export NPROC="${NPROC:-$((4 * DEVICES))}"
 fi
 
 # A port is free when nobody answers on it. They are taken below the range that systems hand out to outgoing connections.

@@ -9,6 +9,9 @@ from pathlib import Path
 # eight devices; and programs that are compiled quickly instead of well: the suite makes thousands of small ones
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
+# XLA's CPU devices wait for each other inside one pool of threads, by default one a device: of two sums that do not depend on
+# each other each can have half of them, and then neither ends
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

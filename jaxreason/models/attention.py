@@ -54,26 +54,28 @@ def _visible(query: jax.Array, key: jax.Array, law: Law) -> jax.Array:
 
 
 def row_attention(
-    q: Float[Array, "P N H C"],
+    q: Float[Array, "P M H C"],
     k: Float[Array, "P N K C"],
     v: Float[Array, "P N K Cv"],
     segments: Int[Array, "P N"],
     *,
     law: Law,
-) -> Float[Array, "P N H Cv"]:
-    """Causal attention within the segments of a row; segment 0 is padding, seen by nobody."""
+    start: int | Int[Array, ""] = 0,
+) -> Float[Array, "P M H Cv"]:
+    """Causal attention within the segments of a row, of the M places from `start` on; segment 0 is padding, seen by nobody."""
     problems, tokens, heads, size = q.shape
     q = (q * law.scale).reshape(problems, tokens, k.shape[2], -1, size)
     scores = softcap(_dot("ptkrc,pskc->pkrts", q, k), law.softcap)
-    place = jnp.arange(tokens, dtype=jnp.int32)
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    scores = _mask(scores, (_visible(place, place, law)[None] & same)[:, None, None])
+    place = jnp.arange(k.shape[1], dtype=jnp.int32)
+    own, mine = (jax.lax.dynamic_slice_in_dim(x, start, tokens, axis=x.ndim - 1) for x in (place, segments))
+    same = (mine[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    scores = _mask(scores, (_visible(own, place, law)[None] & same)[:, None, None])
     out = _dot("pkrts,pskc->ptkrc", softmax(scores).astype(v.dtype), v)
     return out.reshape(problems, tokens, heads, -1)
 
 
 def completion_attention(
-    q: Float[Array, "P G T H C"],
+    q: Float[Array, "P G M H C"],
     k: Float[Array, "P G T K C"],
     v: Float[Array, "P G T K Cv"],
     prompt_k: Float[Array, "P Tp K C"],
@@ -81,21 +83,58 @@ def completion_attention(
     prompt_mask: Bool[Array, "P Tp"],
     *,
     law: Law,
-) -> Float[Array, "P G T H Cv"]:
-    """Each completion attends to its problem's prompt and to its own past: one softmax over both."""
+    start: int | Int[Array, ""] = 0,
+) -> Float[Array, "P G M H Cv"]:
+    """Each completion's M tokens from `start` on attend to its problem's prompt and to its own past: one softmax over both."""
     problems, group, tokens, heads, size = q.shape
     before = prompt_k.shape[1]
     q = (q * law.scale).reshape(problems, group, tokens, k.shape[3], -1, size)
-    own = jnp.arange(tokens, dtype=jnp.int32)
+    place = jnp.arange(k.shape[2], dtype=jnp.int32)
+    own = jax.lax.dynamic_slice_in_dim(place, start, tokens)
     to_prompt = softcap(_dot("pgtkrc,pskc->pgkrts", q, prompt_k), law.softcap)
     in_window = _visible(own + before, jnp.arange(before, dtype=jnp.int32), law)
     to_prompt = _mask(to_prompt, (in_window[None] & prompt_mask[:, None, :])[:, None, None, None])
     to_own = softcap(_dot("pgtkrc,pgskc->pgkrts", q, k), law.softcap)
-    to_own = _mask(to_own, _visible(own, own, law)[None, None, None, None])
+    to_own = _mask(to_own, _visible(own, place, law)[None, None, None, None])
     p = softmax(jnp.concatenate([to_prompt, to_own], axis=-1)).astype(v.dtype)
     out = _dot("pgkrts,pskc->pgtkrc", p[..., :before], prompt_v)
     out = out + _dot("pgkrts,pgskc->pgtkrc", p[..., before:], v)
     return out.reshape(problems, group, tokens, heads, -1)
+
+
+def part_attention(
+    q: Float[Array, "P n H C"],
+    k: Float[Array, "P S n K C"],
+    v: Float[Array, "P S n K Cv"],
+    segments: Int[Array, "P Tp"],
+    part: int | Int[Array, ""],
+    *,
+    group: int,
+    law: Law,
+) -> Float[Array, "P n H Cv"]:
+    """Attention of one of a row's S parts over all of them: a part holds 1 / S of the prompt and of each of `group` completions.
+
+    `segments` are the prompt's. Without completions the prompt is any row, of one or several segments.
+    """
+    parts, before = k.shape[1], segments.shape[1]
+    share = before // parts
+
+    def prompts(y: jax.Array) -> jax.Array:
+        return y[:, :, :share].reshape(y.shape[0], before, *y.shape[3:])
+
+    def completions(y: jax.Array) -> jax.Array:
+        y = y[:, :, share:].reshape(*y.shape[:2], group, -1, *y.shape[3:])
+        return jnp.swapaxes(y, 1, 2).reshape(y.shape[0], group, -1, *y.shape[4:])
+
+    prompt_k, prompt_v = prompts(k), prompts(v)
+    out = row_attention(q[:, :share], prompt_k, prompt_v, segments, law=law, start=part * share)
+    if not group:
+        return out
+    mine = completions(q[:, None])
+    own = completion_attention(
+        mine, completions(k), completions(v), prompt_k, prompt_v, segments != 0, law=law, start=part * mine.shape[2]
+    )
+    return jnp.concatenate([out, own.reshape(q.shape[0], -1, *own.shape[3:])], axis=1)
 
 
 def decode_attention(

@@ -19,7 +19,7 @@ from jaxreason.models import experts, rope
 from jaxreason.models.attention import Law, softcap
 from jaxreason.models.config import Architecture, Numerics, Stack
 from jaxreason.models.rope import Rotation, rotate
-from jaxreason.models.weights import Weight, flat, join, plain, product, products
+from jaxreason.models.weights import Weight, flat, plain, product
 from jaxreason.numerics import at_least_float32
 
 Params = Any
@@ -55,16 +55,11 @@ def norm(x: jax.Array, scale: jax.Array, c: Context) -> jax.Array:
 
 
 def fuse(layer: Params, c: Context) -> Params:
-    """A layer's weights as the matrices that its products use, those with one input joined.
-
-    Where heads are split over devices they stay apart: a joined matrix could not be split at the same places.
-    """
-    apart = c.mesh.shape["tensor"] > 1
+    """A layer's weights as the matrices that its products use, those with one input joined."""
     out = {name: value for name, value in layer.items() if name.endswith(("norm", "bias", "router")) or name.startswith("expert_")}
 
     def joined(*names: str) -> tuple[Weight, ...]:
-        matrices = [flat(layer[name]) for name in names]
-        return tuple(matrices) if apart else join(matrices)
+        return _joined([flat(layer[name]) for name in names], c)
 
     if c.architecture.latent.kv_rank:
         out |= {name: flat(layer[name]) for name in ("q", "q_a", "q_b", "kv_a") if name in layer}
@@ -73,11 +68,37 @@ def fuse(layer: Params, c: Context) -> Params:
         out["qkv"] = joined("q", "k", "v")
         out |= {f"{name}_bias": layer[f"{name}_bias"].reshape(-1) for name in "qkv" if f"{name}_bias" in layer}
     out["o"] = flat(layer["o"], inputs=2)
+    for name in out.keys() & {"q_a", "kv_a", "router"}:
+        # no axis of theirs is on `tensor`, and left alone the compiler would send them around there
+        out[name] = jax.tree.map(lambda x: c.constrain(x, (None, None)), out[name])
     for prefix in ("", "shared_"):
         if f"{prefix}gate" in layer:
             out[f"{prefix}gate_up"] = joined(f"{prefix}gate", f"{prefix}up")
             out[f"{prefix}down"] = flat(layer[f"{prefix}down"])
     return out
+
+
+def _joined(weights: list[Weight], c: Context) -> tuple[Weight, ...]:
+    """Matrices with the same input as one, where they are plain, so that their products and gradients are one too.
+
+    The columns that a device of the mesh axis `tensor` has of each lie side by side, so no number moves.
+    """
+    arrays = [each for each in weights if isinstance(each, jax.Array)]
+    if len(arrays) < len(weights):
+        return tuple(weights)
+    inputs, parts = arrays[0].shape[0], c.mesh.shape["tensor"]
+    whole = jnp.concatenate([each.reshape(inputs, parts, -1) for each in arrays], axis=2).reshape(inputs, -1)
+    return (c.constrain(whole, ("embed", "heads")),)  # heads or mlp; its gradient too, so that only a device's part is sent there
+
+
+def _products(x: Float[Array, "rows D"], weights: tuple[Weight, ...], sizes: tuple[int, ...], c: Context) -> list[jax.Array]:
+    """The products with each of the matrices that `_joined` was given, whose widths are `sizes`."""
+    out = [product(x, weight, dtype=c.numerics.matmul_dtype) for weight in weights]
+    if len(out) == len(sizes):
+        return out
+    parts = c.mesh.shape["tensor"]
+    ends = [sum(sizes[:i]) // parts for i in range(1, len(sizes))]
+    return [y.reshape(x.shape[0], -1) for y in jnp.split(out[0].reshape(x.shape[0], parts, -1), ends, axis=2)]
 
 
 # ---- attention's inputs and outputs
@@ -92,7 +113,7 @@ def qkv(layer: Params, x: Float[Array, "P *b D"], rotation: Rotation, c: Context
     counts = (a.heads, a.kv_heads, a.kv_heads)
     sizes = tuple(count * a.head_size for count in counts)
     rows = h.reshape(-1, a.hidden_size)
-    parts = products(rows, layer["qkv"], sizes, dtype=c.numerics.matmul_dtype)
+    parts = _products(rows, layer["qkv"], sizes, c)
     out = []
     for name, count, y in zip("qkv", counts, parts, strict=True):
         y = y.astype(x.dtype)
@@ -210,7 +231,7 @@ def _gated(layer: Params, h: jax.Array, prefix: str, c: Context) -> jax.Array:
     a, dtype = c.architecture, c.numerics.matmul_dtype
     size = a.experts.shared_mlp_size if prefix else a.mlp_size
     rows = h.reshape(-1, a.hidden_size)
-    gate, up = (y.astype(h.dtype) for y in products(rows, layer[f"{prefix}gate_up"], (size, size), dtype=dtype))
+    gate, up = (y.astype(h.dtype) for y in _products(rows, layer[f"{prefix}gate_up"], (size, size), c))
     y = product(ACTIVATIONS[a.traits.activation](gate) * up, layer[f"{prefix}down"], dtype=dtype)
     return y.astype(h.dtype).reshape(h.shape)
 

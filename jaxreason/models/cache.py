@@ -17,10 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxreason.models import attention, block
 from jaxreason.models.block import Context
 from jaxreason.models.config import Stack, stacks
-from jaxreason.models.weights import to_int8
+from jaxreason.models.weights import Int8, LowRank, to_int8
 
 Params = Any
 UNROLLED_LAYERS = 8  # up to this depth decoding unrolls its layers: faster, and still quick to compile
+
+
+# logical axes of a layer's fused weights [in, out], as decoding has them
+WHOLE = {
+    **dict.fromkeys(("qkv", "q", "q_b", "kv_b"), (None, "heads")),
+    **dict.fromkeys(("q_a", "kv_a"), (None, None)),
+    **dict.fromkeys(("gate_up", "shared_gate_up"), (None, "mlp")),
+    **dict.fromkeys(("down", "shared_down"), ("mlp", None)),
+    "o": ("heads", None),
+}
 
 
 class Cache(NamedTuple):
@@ -39,7 +49,11 @@ class Cache(NamedTuple):
 
 
 def prepare(params: Params, *, c: Context) -> Params:
-    """Weights fused, cast to the operands' type and, in shallow models, cut into layers, once before the loop instead of in it."""
+    """Weights fused, cast to the operands' type and, in shallow models, cut into layers, once before the loop instead of in it.
+
+    So are those gathered that the mesh axis `fsdp` splits, routed experts excepted: each device then holds a copy of its heads
+    and its part of the MLP, and a token's weights need not be sent when it is decoded.
+    """
     a, n = c.architecture, c.numerics
 
     def cast(name: str, weight: Any) -> Any:
@@ -51,15 +65,28 @@ def prepare(params: Params, *, c: Context) -> Params:
             return to_int8(weight)
         return jax.tree.map(lambda x: x.astype(n.matmul_dtype), weight)
 
-    prepared = dict(params)
+    def gather(name: str, weight: Any) -> Any:
+        if isinstance(weight, tuple):
+            return tuple(gather(name, each) for each in weight)
+        if name not in WHOLE:
+            return weight
+        inputs, outputs = WHOLE[name]
+        if isinstance(weight, LowRank):
+            a, b = c.constrain(weight.a, (None, inputs, None)), c.constrain(weight.b, (None, None, outputs))
+            return LowRank(gather(name, weight.weight), a, b, weight.scale)
+        if isinstance(weight, Int8):
+            return Int8(c.constrain(weight.values, (None, inputs, outputs)), c.constrain(weight.scale, (None, outputs)))
+        return c.constrain(weight, (None, inputs, outputs, None)[: weight.ndim])
+
+    prepared = {**params, "embed": c.constrain(params["embed"], ("vocab", None))}
     for stack in stacks(a):
         fused = jax.vmap(partial(block.fuse, c=c))(params[stack.name])
-        prepared[stack.name] = {name: cast(name, weight) for name, weight in fused.items()}
+        prepared[stack.name] = {name: gather(name, cast(name, weight)) for name, weight in fused.items()}
     if a.layers <= UNROLLED_LAYERS:
         for stack in stacks(a):
             whole = prepared[stack.name]
             prepared[stack.name] = tuple(jax.tree.map(lambda x, i=i: x[i], whole) for i in range(stack.count))
-    return {**prepared, "head": block.head(params).astype(n.head)}
+    return {**prepared, "head": c.constrain(block.head(prepared).astype(n.head), (None, "vocab"))}
 
 
 def _runs(params: Params, c: Context) -> list[tuple[Stack, Any, Any]]:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxreason import sharding
 from jaxreason.models import attention, block, cache, experts, kernels
 from jaxreason.models.attention import Law
 from jaxreason.models.block import Context
@@ -24,7 +25,7 @@ from jaxreason.models.config import Architecture, Numerics, stacks
 from jaxreason.models.declare import LANGUAGE, declare
 from jaxreason.models.families import Head
 from jaxreason.models.spec import Specs
-from jaxreason.numerics import at_least_float32
+from jaxreason.numerics import at_least_float32, token_logprobs
 
 Params = Any
 
@@ -49,6 +50,12 @@ class Decode(Protocol):
     def __call__(self, params: Params, token: jax.Array, time: jax.Array, cache: Any) -> tuple[jax.Array, Any]: ...
 
 
+class Logprobs(Protocol):
+    def __call__(
+        self, params: Params, hidden: jax.Array, completion: jax.Array, *, temperature: float
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
 class Model(NamedTuple):
     """What training and sampling need of a policy. Parameters are an argument everywhere; nothing is held."""
 
@@ -61,6 +68,8 @@ class Model(NamedTuple):
     prepare_sampling: Callable[[Params], Params]  # params in the form that decoding reads fastest
     project: Callable[[Params, jax.Array], jax.Array]  # params, hidden [rows,D] -> logits [rows,V]
     numerics: Numerics
+    # params, hidden [P,G,T,D], completion [P,G,T] -> [P,G,T] twice, each device its own tokens; None: see numerics.token_logprobs
+    logprobs: Logprobs | None = None
     balance_weight: float = 0.0  # of the load-balance loss, beside the policy's
 
     def completion_hidden(self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, completion: jax.Array) -> jax.Array:
@@ -80,6 +89,7 @@ def make_decoder(architecture: Architecture, numerics: Numerics, mesh: Mesh, *, 
         prepare_sampling=partial(cache.prepare, c=c),
         project=partial(block.project if head.kind == "lm" else block.scores, c=c),
         numerics=numerics,
+        logprobs=partial(_logprobs, c=c) if head.kind == "lm" else None,
     )
 
 
@@ -102,49 +112,42 @@ def _remat(layer: Callable[..., Any], c: Context) -> Callable[..., Any]:
 
 
 class Row(NamedTuple):
-    """How the tokens of a forward pass lie: streams of places, and attention over all of them.
+    """How the tokens of a forward pass lie: rows of places, cut where the mesh splits them (sharding.cut)."""
 
-    One stream [P, N, D], or two where the mesh splits tokens: prompts [P, Tp, D] and completions [P, G, T, D], each cut evenly.
-    """
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Law], jax.Array]
+    counted: jax.Array  # real tokens, bool [R, n]
 
-    axes: tuple[tuple[str | None, ...], ...]  # logical axes of each stream's activations
-    attend: Callable[[list[jax.Array], list[jax.Array], list[jax.Array], Law], list[jax.Array]]
-    counted: tuple[jax.Array, ...]  # real tokens of each stream, bool
+
+PLACES = ("pieces", None, None)  # the logical axes of activations [R, n, D]
 
 
 def _layers(
-    params: Params, streams: tuple[jax.Array, ...], kinds: tuple[block.Kinds, ...], row: Row, c: Context
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """All layers over a row; the normed hidden states of each stream, and the load-balance loss (0 in a dense decoder)."""
+    params: Params, x: Float[Array, "R n D"], kinds: block.Kinds, row: Row, c: Context
+) -> tuple[Float[Array, "R n D"], Float[Array, ""]]:
+    """All layers over rows; the normed hidden states, and the load-balance loss (0 in a dense decoder)."""
     many, wide = (c.architecture.experts.count,), at_least_float32(c.numerics.activation)
     total = experts.Balance(jnp.zeros(many, wide), jnp.zeros(many, wide), jnp.zeros((), wide))
 
     def layer(carry: Any, windowed: Any, weights: Params) -> tuple[Any, None]:
-        xs, total = carry
-        weights = block.fuse(weights, c)
-        xs = [c.constrain(x, axes) for x, axes in zip(xs, row.axes, strict=True)]
-        heads = [block.qkv(weights, x, kind.rotation(windowed), c) for x, kind in zip(xs, kinds, strict=True)]
-        q, k, v = ([checkpoint_name(y, "product") for y in each] for each in zip(*heads, strict=True))
-        attend = partial(_attend, row=row, windowed=windowed, c=c)
-        outs = (jax.checkpoint(attend) if c.numerics.remat == "attention" else attend)(q, k, v)
-        after = []
-        for x, out, counted in zip(xs, outs, row.counted, strict=True):
-            x = x + checkpoint_name(block.attended(weights, out, c), "product")
-            y, balance = block.mlp(weights, x, counted, c)
-            total = total if balance is None else jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, balance)
-            after.append(x + checkpoint_name(y, "product"))
-        return (tuple(after), total), None
+        x, total = carry
+        x, weights = c.constrain(x, PLACES), block.fuse(weights, c)
+        q, k, v = (checkpoint_name(y, "product") for y in block.qkv(weights, x, kinds.rotation(windowed), c))
 
-    carry = (streams, total)
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return row.attend(q, k, v, block.law(windowed, c))
+
+        out = (jax.checkpoint(attend) if c.numerics.remat == "attention" else attend)(q, k, v)
+        x = x + checkpoint_name(block.attended(weights, out, c), "product")
+        y, balance = block.mlp(weights, x, row.counted, c)
+        total = total if balance is None else jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, balance)
+        return (x + checkpoint_name(y, "product"), total), None
+
+    carry = (x, total)
     for stack in stacks(c.architecture):
         carry, _ = block.scan(_remat(layer, c), carry, block.layers_windowed(stack, c), params[stack.name])
-    xs, total = carry
+    x, total = carry
     balance = experts.balance_loss(total) if c.architecture.experts.count else jnp.zeros((), total.rows.dtype)
-    return tuple(block.norm(x, params["final_norm"], c) for x in xs), balance
-
-
-def _attend(q: list[jax.Array], k: list[jax.Array], v: list[jax.Array], *, row: Row, windowed: Any, c: Context) -> list[jax.Array]:
-    return row.attend(q, k, v, block.law(windowed, c))
+    return block.norm(x, params["final_norm"], c), balance
 
 
 def _implementation(c: Context) -> str:
@@ -178,33 +181,51 @@ def _by_kernel(name: str, layout: kernels.Layout, segments: jax.Array, c: Contex
     return run
 
 
+def _attention(layout: kernels.Layout, segments: Int[Array, "P N"], c: Context) -> Callable[..., jax.Array]:
+    """Attention of rows [prompt | completions] of this layout, by the implementation that config and platform choose."""
+    name = _implementation(c)
+    if name != "xla":
+        return _by_kernel(name, layout, segments, c)
+    segments = segments[:, : layout.prompt_tokens]
+    part = partial(attention.part_attention, group=layout.group)
+    if c.mesh.shape["sequence"] == 1:
+        return lambda q, k, v, law: part(q, k[:, None], v[:, None], segments, 0, law=law)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, law: Law) -> jax.Array:
+        def own(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *window: jax.Array) -> jax.Array:
+            # a device keeps its queries and gathers all keys and values of its rows; backward, their gradients are summed
+            # before they are sent, and each device gets its own
+            k, v = (jax.lax.all_gather(y, "sequence", axis=1) for y in (k, v))
+            return part(q, k, v, segments, jax.lax.axis_index("sequence"), law=law._replace(window=window[0]) if window else law)
+
+        window = () if isinstance(law.window, int) else (law.window,)
+        heads = sharding.partition(("pieces", None, "heads", None))
+        given = (heads, heads, heads, sharding.partition(("problems", None)), *(sharding.partition(()) for _ in window))
+        return jax.shard_map(own, mesh=c.mesh, in_specs=given, out_specs=heads)(q, k, v, segments, *window)
+
+    return attend
+
+
+def _up_to_parts(tokens: int, c: Context) -> int:
+    """So many places that the mesh axis `sequence` splits them evenly."""
+    parts = c.mesh.shape["sequence"]
+    return -(-tokens // parts) * parts
+
+
 def _hidden(params: Params, tokens: Int[Array, "P N"], segments: Int[Array, "P N"], *, c: Context) -> Float[Array, "P N D"]:
     """Final hidden states of rows of one or several segments, numbered from 1; 0 is padding, on either side.
 
     Positions start at 0 in each segment, and no token sees another segment's.
     """
-    splits = tokens.shape[1] % c.mesh.shape["sequence"] == 0
-    axes = ("problems", "tokens" if splits else None, None)
+    wanted = tokens.shape[1]
+    tokens, segments = (jnp.pad(x, ((0, 0), (0, _up_to_parts(wanted, c) - wanted))) for x in (tokens, segments))
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     begins = segments != jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     position = place[None] - jax.lax.cummax(jnp.where(begins, place[None], jnp.zeros_like(segments)), axis=1)
-    name = _implementation(c)
-    kernel = _by_kernel(name, kernels.Layout(tokens.shape[1]), segments, c)
-
-    def attend(q: list[jax.Array], k: list[jax.Array], v: list[jax.Array], law: Law) -> list[jax.Array]:
-        if name != "xla":
-            return [kernel(q[0], k[0], v[0], law)]
-        gathered_k, gathered_v = (c.constrain(y, ("problems", None, "kv_heads", None)) for y in (k[0], v[0]))
-        return [attention.row_attention(q[0], gathered_k, gathered_v, segments, law=law)]
-
-    x = block.embed(params, tokens, axes, c)
-    row = Row((axes,), attend, (segments > 0,))
-    (hidden,), _ = _layers(params, (x,), (block.kinds(position, c),), row, c)
-    return hidden
-
-
-def _positions(prompt_mask: jax.Array) -> jax.Array:
-    return jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
+    row = Row(_attention(kernels.Layout(tokens.shape[1]), segments, c), sharding.cut(segments > 0, c.mesh, axis=1))
+    x = block.embed(params, sharding.cut(tokens, c.mesh, axis=1), PLACES, c)
+    hidden, _ = _layers(params, x, block.kinds(sharding.cut(position, c.mesh, axis=1), c), row, c)
+    return sharding.uncut(hidden, c.mesh, axis=1)[:, :wanted]
 
 
 def _forward(
@@ -221,70 +242,80 @@ def _forward(
     hidden[p, g, 0] is the last prompt token's, hidden[p, g, t] that of completion[p, g, t - 1]: the last token is fed to nobody.
     `mask` says which completion tokens are real; without it all are.
     """
-    problems, before = prompt.shape
-    group, wanted = completion.shape[1], completion.shape[2]
+    problems, group, wanted = completion.shape
     parts = c.mesh.shape["sequence"]
-    tokens = wanted - 1 if parts == 1 else -(-(wanted - 1) // parts) * parts
-    # an even number of places for every device; what is added comes last, so no real token sees it
-    fed = jnp.pad(completion[:, :, :-1], ((0, 0), (0, 0), (0, tokens - (wanted - 1))))
-    real = jnp.ones(fed.shape, bool) if mask is None else jnp.pad(mask, ((0, 0), (0, 0), (0, tokens)))[:, :, :tokens]
-    length = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-    own = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None, None] + length[:, None, None], fed.shape)
-    make = _one_stream if parts == 1 else _two_streams
-    row, tokens_of, positions_of, split = make(prompt, prompt_mask, fed, own, real, c)
-    streams = tuple(block.embed(params, x, axes, c) for x, axes in zip(tokens_of, row.axes, strict=True))
-    hidden, balance = _layers(params, streams, tuple(block.kinds(each, c) for each in positions_of), row, c)
-    x_prompt, x = split(hidden)
-    last = jnp.broadcast_to(x_prompt[:, None, -1:], (problems, group, 1, x_prompt.shape[-1]))
-    return jnp.concatenate([last, x[:, :, : wanted - 1]], axis=2), balance
+    before = _up_to_parts(prompt.shape[1], c)
+    prompt, prompt_mask = (jnp.pad(x, ((0, 0), (before - prompt.shape[1], 0))) for x in (prompt, prompt_mask))
+    # hidden states move on by one place, so on several devices each has as many places as it has predictions
+    tokens = wanted - 1 if parts == 1 else _up_to_parts(wanted, c)
 
-
-def _one_stream(prompt: Any, prompt_mask: Any, fed: Any, own: Any, real: Any, c: Context) -> tuple[Row, Any, Any, Any]:
-    """Prompt and completions side by side in each row."""
-    problems, before = prompt.shape
-    group, tokens = fed.shape[1:]
-    name = _implementation(c)
-    segments = jnp.concatenate([prompt_mask, jnp.ones((problems, group * tokens), bool)], axis=1).astype(jnp.int32)
-    kernel = _by_kernel(name, kernels.Layout(before, group, tokens), segments, c)
-
-    def flat_group(x: jax.Array) -> jax.Array:
-        return x.reshape(problems, group * tokens, *x.shape[3:])
+    def fed(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, :, :-1], ((0, 0), (0, 0), (0, tokens - wanted + 1)))
 
     def beside(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.concatenate([a, flat_group(b)], axis=1)
+        a, b = sharding.cut(a, c.mesh, axis=1), sharding.cut(b, c.mesh, axis=2)
+        return jnp.concatenate([a, b.reshape(b.shape[0], -1)], axis=1)
 
-    def split(ys: Any) -> tuple[jax.Array, jax.Array]:
-        return ys[0][:, :before], ys[0][:, before:].reshape(problems, group, tokens, *ys[0].shape[2:])
-
-    def attend(q: list[jax.Array], k: list[jax.Array], v: list[jax.Array], law: Law) -> list[jax.Array]:
-        if name != "xla":
-            return [kernel(q[0], k[0], v[0], law)]
-        (qp, qc), (kp, kc), (vp, vc) = split(q), split(k), split(v)
-        out = attention.row_attention(qp, kp, vp, prompt_mask.astype(jnp.int32), law=law)
-        return [beside(out, attention.completion_attention(qc, kc, vc, kp, vp, prompt_mask, law=law))]
-
-    row = Row((("problems", None, None),), attend, (beside(prompt_mask, real),))
-    return row, (beside(prompt, fed),), (beside(_positions(prompt_mask), own),), split
+    real = fed(jnp.ones(completion.shape, bool) if mask is None else mask)
+    length = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+    own = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None, None] + length[:, None, None], real.shape)
+    position = beside(jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0), own)
+    segments = jnp.pad(prompt_mask.astype(jnp.int32), ((0, 0), (0, group * tokens)), constant_values=1)
+    row = Row(_attention(kernels.Layout(before, group, tokens), segments, c), beside(prompt_mask, real))
+    x = block.embed(params, beside(prompt, fed(completion)), PLACES, c)
+    hidden, balance = _layers(params, x, block.kinds(position, c), row, c)
+    return _moved_on(hidden, before // parts, group, c)[:, :, :wanted], balance
 
 
-def _two_streams(prompt: Any, prompt_mask: Any, fed: Any, own: Any, real: Any, c: Context) -> tuple[Row, Any, Any, Any]:
-    """Prompts and completions apart, each cut along its tokens: every device keeps its queries, and gathers all keys and values."""
-    _implementation(c)
-    over = "tokens" if prompt.shape[1] % c.mesh.shape["sequence"] == 0 else None
-    axes = (("problems", over, None), ("problems", None, "tokens", None))
+def _moved_on(hidden: Float[Array, "R n D"], prompt_tokens: int, group: int, c: Context) -> Float[Array, "P G T D"]:
+    """The prompt's last place, and each completion's places but its last."""
 
-    def attend(q: list[jax.Array], k: list[jax.Array], v: list[jax.Array], law: Law) -> list[jax.Array]:
-        def whole(ys: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return (
-                c.constrain(ys[0], ("problems", None, "kv_heads", None)),
-                c.constrain(ys[1], ("problems", None, None, "kv_heads", None)),
-            )
+    def own(hidden: jax.Array) -> jax.Array:
+        x = hidden[:, prompt_tokens:].reshape(hidden.shape[0], group, -1, hidden.shape[-1])
+        first = jnp.broadcast_to(hidden[:, None, prompt_tokens - 1 : prompt_tokens], (*x.shape[:2], 1, x.shape[3]))
+        if parts == 1:
+            return jnp.concatenate([first, x], axis=2)
+        # the last device holds the prompt's last place, and the others the place before their neighbour's first
+        last = jax.lax.axis_index("sequence") == parts - 1
+        sent = jnp.where(last, first, x[:, :, -1:])
+        first = jax.lax.ppermute(sent, "sequence", [(i, (i + 1) % parts) for i in range(parts)])
+        return jnp.concatenate([first, x[:, :, :-1]], axis=2)
 
-        (kp, kc), (vp, vc) = whole(k), whole(v)
-        qp = c.constrain(q[0], ("problems", over, "heads", None))
-        qc = c.constrain(q[1], ("problems", None, "tokens", "heads", None))
-        out = attention.row_attention(qp, kp, vp, prompt_mask.astype(jnp.int32), law=law)
-        return [out, attention.completion_attention(qc, kc, vc, kp, vp, prompt_mask, law=law)]
+    parts = c.mesh.shape["sequence"]
+    if parts == 1:
+        return own(hidden)
+    axes = sharding.partition(PLACES), sharding.partition(("problems", None, "tokens", None))
+    return jax.shard_map(own, mesh=c.mesh, in_specs=axes[0], out_specs=axes[1])(hidden)
 
-    row = Row(axes, attend, (prompt_mask, real))
-    return row, (prompt, fed), (_positions(prompt_mask), own), lambda ys: ys
+
+# ---- log-probabilities
+
+
+def _logprobs(
+    params: Params, hidden: Float[Array, "P G T D"], completion: Int[Array, "P G T"], *, temperature: float, c: Context
+) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
+    """Log-probability of each completion token under softmax(logits / temperature), and the law's entropy.
+
+    A device takes its own tokens, chunk by chunk. The head is gathered once for all chunks, and its gradient summed once.
+    """
+    split = tuple(axis for axis in sharding.RULES["pieces"] if c.mesh.shape[axis] > 1)
+    chunk = c.numerics.logits_chunk_tokens
+
+    def own(head: jax.Array, hidden: jax.Array, completion: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # said before the chunks, not in each: where the head is said to differ between devices, its gradient is summed over them
+        head = jax.lax.pcast(head, split, to="varying")
+        rows, target = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), completion.reshape(completion.shape[0], -1)
+        project = partial(block.project, {"head": head}, c=c)
+        logp, entropy = token_logprobs(rows, project, target, temperature=temperature, chunk_tokens=chunk)
+        return logp.reshape(completion.shape), entropy.reshape(completion.shape)
+
+    head = block.head(params)
+    if not split:
+        return own(head, hidden, completion)
+    head = c.constrain(head.astype(at_least_float32(head.dtype)), (None, "vocab"))
+    tokens = completion.shape[2]
+    more = ((0, 0), (0, 0), (0, _up_to_parts(tokens, c) - tokens))
+    rows = PartitionSpec(tuple(a for a in split if a != "sequence"), None, tuple(a for a in split if a == "sequence"))
+    run = jax.shard_map(own, mesh=c.mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, axis_names=set(split))
+    logp, entropy = run(head, jnp.pad(hidden, (*more, (0, 0))), jnp.pad(completion, more))
+    return logp[:, :, :tokens], entropy[:, :, :tokens]

@@ -48,6 +48,8 @@ def score(model: Model, params: Any, batch: RolloutBatch, *, temperature: float)
     """Log-probabilities of the completions under softmax(logits / temperature)."""
     shape = batch.completion.shape
     hidden, balance = model.forward(params, batch.prompt, batch.prompt_mask, batch.completion, batch.mask)
+    if model.logprobs is not None:
+        return Scored(*model.logprobs(params, hidden, batch.completion, temperature=temperature), balance)
     logp, entropy = token_logprobs(
         hidden.reshape(shape[0], shape[1] * shape[2], -1),
         partial(model.project, params),
