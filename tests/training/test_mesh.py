@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +24,12 @@ from jax.sharding import Mesh
 from jaxreason import objectives, sharding
 from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models import decoder, spec
-from jaxreason.models.config import Architecture, Numerics
+from jaxreason.models.config import Architecture, Experts, Latent, Numerics
 from jaxreason.models.decoder import Model
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.training import online
 from jaxreason.training import state as states
+from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.collect import Scoring
 from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
 from jaxreason.training.step import Split, make_update
@@ -140,6 +143,8 @@ ARCHITECTURE = Architecture(
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False  # half the time; later versions have no such switch
 
 
 class Made(NamedTuple):
@@ -299,3 +304,124 @@ def test_a_step_in_float32_and_where_its_arrays_lie() -> None:
     assert f"f32[{','.join(map(str, own))}]" not in text
     sampled, rewards = sampling(*args)
     assert parts(sampled.completion) == {(P // 4, G, T)} and parts(rewards["even"]) == {(P // 4, G)}
+
+
+# ------------------------------------------------------------------------------- checkpoints, other meshes, other processes
+
+SPARSE = Architecture(
+    family="deepseek_v3",
+    vocab_size=36,
+    hidden_size=16,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_size=12,
+    mlp_size=40,
+    max_positions=64,
+    tied=False,
+    experts=Experts(count=8, chosen=2, mlp_size=24, shared_mlp_size=20, scoring="sigmoid", layers="ds"),
+    latent=Latent(kv_rank=8, q_rank=12, rotated=4, value_size=10),
+)
+
+
+def sparse_state(mesh_config: sharding.MeshConfig) -> Any:
+    """The abstract state of a decoder with experts and latent attention, on a mesh of all devices."""
+    mesh = sharding.make_mesh(mesh_config)
+    model = decoder.make_decoder(SPARSE, Numerics(), mesh)
+    spec.check_divisible(model.specs, mesh)
+    return states.abstract(model, make_optimizer(OPTIMIZER, steps=4), mesh)
+
+
+def value(path: Any, x: Any, step: int) -> np.ndarray:
+    """A leaf's numbers, a function of its path: any process knows them all."""
+    rng = np.random.default_rng((step, zlib.crc32(jax.tree_util.keystr(path).encode())))
+    return rng.integers(-1000, 1000, x.shape).astype(x.dtype)
+
+
+def filled(abstract: Any, step: int) -> Any:
+    def make(path: Any, x: Any) -> jax.Array:
+        whole = value(path, x, step)
+        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: whole[index])
+
+    return jax.tree.map_with_path(make, abstract)
+
+
+def check_filled(state: Any, abstract: Any, step: int) -> None:
+    """Every shard that this process holds lies where it should and has the numbers it should."""
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for (path, x), expected in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(abstract), strict=True):
+        assert (x.shape, x.dtype) == (expected.shape, expected.dtype) and x.sharding.is_equivalent_to(expected.sharding, x.ndim)
+        whole = value(path, x, step)
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index], err_msg=jax.tree_util.keystr(path))
+
+
+MESHES = (
+    sharding.MeshConfig(data=1, expert=4, tensor=2),
+    sharding.MeshConfig(data=2, fsdp=2, expert=2),
+    sharding.MeshConfig(data=1, expert=2, fsdp=2, sequence=2),
+)
+
+
+def test_a_checkpoint_of_experts_restores_on_other_meshes(tmp_path: Path) -> None:
+    saved = filled(sparse_state(MESHES[0]), 1)
+    assert parts(saved.opt_state[1][0].mu["layers1"]["expert_down"]) == {(1, 8 // 4, 24 // 2, 16)}
+    checkpointer = Checkpointer(tmp_path / "run")
+    checkpointer.save(1, saved, {})
+    for config in MESHES[1:]:
+        abstract = sparse_state(config)
+        restored = checkpointer.restore_latest(abstract)
+        assert restored is not None
+        check_filled(restored.state, abstract, 1)
+    checkpointer.close()
+    assert parts(restored.state.params["layers1"]["expert_down"]) == {(1, 8 // 2, 24, 16 // 2)}  # pyright: ignore
+
+
+PROCESS = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("error")
+folder, here, address, processes, process, step = sys.argv[1:]
+sys.path.insert(0, here)
+import jax
+jax.config.update("jax_num_cpu_devices", 8 // int(processes))
+jax.config.update("jax_platforms", "cpu")
+if processes != "1":
+    jax.distributed.initialize(address, num_processes=int(processes), process_id=int(process))
+import test_mesh
+from jaxreason.training.checkpoint import Checkpointer
+
+assert jax.device_count() == 8 and jax.process_count() == int(processes)
+step = int(step)
+abstract = test_mesh.sparse_state(test_mesh.MESHES[step % 3])
+checkpointer = Checkpointer(Path(folder))
+if step:
+    restored = checkpointer.restore_latest(abstract)
+    assert restored.step == step and not restored.rejected
+    test_mesh.check_filled(restored.state, abstract, step)
+checkpointer.save(step + 1, test_mesh.filled(abstract, step + 1), {})
+checkpointer.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_restores_on_another_number_of_processes(tmp_path: Path) -> None:
+    """One process saves, two restore and save on another mesh, one restores that on a third; always 8 devices."""
+    environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    for step, processes in enumerate((1, 2, 1)):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        command = [sys.executable, "-c", PROCESS, str(tmp_path / "run"), str(Path(__file__).parent), address, str(processes)]
+        running = [
+            subprocess.Popen(
+                [*command, str(i), str(step)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
+            for i in range(processes)
+        ]
+        try:
+            outputs = [process.communicate(timeout=200)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
