@@ -48,13 +48,6 @@ def flat(weight: Weight, *, inputs: int = 1) -> Weight:
     return weight if isinstance(weight, Int8) else matrix(weight, inputs)
 
 
-def join(weights: list[Weight]) -> tuple[Weight, ...]:
-    """Matrices with the same input as one, where they are plain: one product instead of several."""
-    if any(isinstance(weight, LowRank | Int8) for weight in weights):
-        return tuple(weights)
-    return (jnp.concatenate([each for each in weights if isinstance(each, jax.Array)], axis=-1),)
-
-
 def product(x: jax.Array, weight: Weight, *, dtype: str) -> jax.Array:
     """x W of rows x, operands in `dtype`, the result at least in float32."""
     if isinstance(weight, LowRank):
@@ -64,15 +57,6 @@ def product(x: jax.Array, weight: Weight, *, dtype: str) -> jax.Array:
     if isinstance(weight, Int8):
         return dense(x, weight.values.astype(dtype), dtype=dtype) * weight.scale.astype(at_least_float32(dtype))[None]
     return dense(x, weight, dtype=dtype)
-
-
-def products(x: jax.Array, weights: tuple[Weight, ...], sizes: tuple[int, ...], *, dtype: str) -> list[jax.Array]:
-    """The products with each of the matrices that `join` was given, whose widths are `sizes`."""
-    out = [product(x, weight, dtype=dtype) for weight in weights]
-    if len(out) == len(sizes):
-        return out
-    ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
-    return jnp.split(out[0], ends, axis=-1)
 
 
 def plain(weight: jax.Array | Int8, *, dtype: str) -> jax.Array:
