@@ -360,7 +360,7 @@ def check(config: Config, *, shards: int) -> None:
         runs = key.startswith("evaluation") or at(key.split(".")[0]).steps > 0
         if runs and at(key) % shards:
             raise ValueError(
-                f"config.{key} is {at(key)}, which the {shards} devices along mesh axes data and fsdp do not divide: "
+                f"config.{key} is {at(key)}, which the {shards} devices along mesh axes data, fsdp and expert do not divide: "
                 f"choose a multiple of {shards}"
             )
     for stage in ("supervised", "online"):

@@ -190,7 +190,7 @@ class Numerics:
     head_dtype: str = ""  # operands of the product with the vocabulary: '' is float32, or float64 with it
     attention: str = "auto"  # 'xla' | 'cudnn' (GPU) | 'splash' (TPU) | 'auto': the platform's, in training
     remat: str = "layer"  # what the backward pass recomputes: 'none' | 'layer' | 'products' (all but them) | 'attention' (it alone)
-    logits_chunk_tokens: int = 1024  # tokens whose logits exist at once in training
+    logits_chunk_tokens: int = 1024  # tokens whose logits exist at once in training, on each device
     sampling_weights: str = ""  # 'int8': a copy of the weights, rounded channel by channel, samples; '': the weights themselves
 
     @property
