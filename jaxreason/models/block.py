@@ -284,25 +284,25 @@ def scores(params: Params, hidden: Float[Array, "rows D"], *, c: Context) -> Flo
 # ---- what differs between layers
 
 
-class Kinds(NamedTuple):
-    """The two kinds of layers, full and windowed, as far as positions depend on it."""
+class Rotations(NamedTuple):
+    """How the two kinds of layers, full and windowed, rotate the same positions."""
 
     full: Rotation
     local: Rotation  # often the same
 
-    def rotation(self, windowed: Any) -> Rotation:
+    def of(self, windowed: Any) -> Rotation:
         if self.full is self.local or isinstance(windowed, bool):
             return self.local if windowed is True else self.full
         return jnp.where(windowed, self.local[0], self.full[0]), jnp.where(windowed, self.local[1], self.full[1])
 
 
-def kinds(position: jax.Array, c: Context) -> Kinds:
+def rotations(position: jax.Array, c: Context) -> Rotations:
     a = c.architecture
     size = a.latent.rotated or rope.rotated_size(a.rope, head_size=a.head_size)
     kind = c.numerics.activation
     full = rope.rotary(position, rope=a.rope, size=size, dtype=kind)
     local = full if a.family != "gemma3_text" else rope.rotary(position, rope=a.window_rope, size=size, dtype=kind)
-    return Kinds(full, local)
+    return Rotations(full, local)
 
 
 def layers_windowed(stack: Stack, c: Context) -> Any:

@@ -113,12 +113,12 @@ def prefill(
 ) -> tuple[Float[Array, "P D"], Cache]:
     """Reads the prompts, padded on the left, once; opens an empty cache of `tokens` entries for each of `group` completions."""
     axes = ("problems", None, None)
-    kinds = block.kinds(jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0), c)
+    rotations = block.rotations(jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0), c)
     segments = prompt_mask.astype(jnp.int32)
 
     def layer(x: jax.Array, windowed: Any, weights: Params) -> tuple[jax.Array, tuple[Any, Any]]:
         x = c.constrain(x, axes)
-        q, k, v = _inputs(weights, x, kinds.rotation(windowed), c)
+        q, k, v = _inputs(weights, x, rotations.of(windowed), c)
         out = attention.row_attention(q, k, k if v is None else v, segments, law=block.law(windowed, c))
         x = x + block.attended(weights, _outputs(weights, out, c), c)
         return x + block.mlp(weights, x, prompt_mask, c)[0], (k, v)
@@ -158,7 +158,7 @@ def decode(
 ) -> tuple[Float[Array, "P G D"], Cache]:
     """Feeds token number `time` of every completion; returns the hidden state that predicts the next."""
     axes = ("problems", None, None)
-    kinds = block.kinds(jnp.broadcast_to((cache.prompt_length + time)[:, None], token.shape), c)
+    rotations = block.rotations(jnp.broadcast_to((cache.prompt_length + time)[:, None], token.shape), c)
 
     def write(buffer: Any, new: Any, *lead: Any) -> Any:
         if buffer is None:
@@ -169,7 +169,7 @@ def decode(
 
     def layer(x: jax.Array, k: Any, v: Any, prompt_k: Any, prompt_v: Any, windowed: Any, weights: Params, *number: Any) -> Any:
         x = c.constrain(x, axes)
-        q, new_k, new_v = _inputs(weights, x, kinds.rotation(windowed), c)
+        q, new_k, new_v = _inputs(weights, x, rotations.of(windowed), c)
         k, v = write(k, new_k, *number), write(v, new_v, *number)
         own_k: Any = k[number[0]] if number else k
         own_v: Any = own_k if v is None else v[number[0]] if number else v

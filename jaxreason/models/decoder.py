@@ -122,7 +122,7 @@ PLACES = ("pieces", None, None)  # the logical axes of activations [R, n, D]
 
 
 def _layers(
-    params: Params, x: Float[Array, "R n D"], kinds: block.Kinds, row: Row, c: Context
+    params: Params, x: Float[Array, "R n D"], rotations: block.Rotations, row: Row, c: Context
 ) -> tuple[Float[Array, "R n D"], Float[Array, ""]]:
     """All layers over rows; the normed hidden states, and the load-balance loss (0 in a dense decoder)."""
     many, wide = (c.architecture.experts.count,), at_least_float32(c.numerics.activation)
@@ -131,7 +131,7 @@ def _layers(
     def layer(carry: Any, windowed: Any, weights: Params) -> tuple[Any, None]:
         x, total = carry
         x, weights = c.constrain(x, PLACES), block.fuse(weights, c)
-        q, k, v = (checkpoint_name(y, "product") for y in block.qkv(weights, x, kinds.rotation(windowed), c))
+        q, k, v = (checkpoint_name(y, "product") for y in block.qkv(weights, x, rotations.of(windowed), c))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return row.attend(q, k, v, block.law(windowed, c))
@@ -224,7 +224,7 @@ def _hidden(params: Params, tokens: Int[Array, "P N"], segments: Int[Array, "P N
     position = place[None] - jax.lax.cummax(jnp.where(begins, place[None], jnp.zeros_like(segments)), axis=1)
     row = Row(_attention(kernels.Layout(tokens.shape[1]), segments, c), sharding.cut(segments > 0, c.mesh, axis=1))
     x = block.embed(params, sharding.cut(tokens, c.mesh, axis=1), PLACES, c)
-    hidden, _ = _layers(params, x, block.kinds(sharding.cut(position, c.mesh, axis=1), c), row, c)
+    hidden, _ = _layers(params, x, block.rotations(sharding.cut(position, c.mesh, axis=1), c), row, c)
     return sharding.uncut(hidden, c.mesh, axis=1)[:, :wanted]
 
 
@@ -263,7 +263,7 @@ def _forward(
     segments = jnp.pad(prompt_mask.astype(jnp.int32), ((0, 0), (0, group * tokens)), constant_values=1)
     row = Row(_attention(kernels.Layout(before, group, tokens), segments, c), beside(prompt_mask, real))
     x = block.embed(params, beside(prompt, fed(completion)), PLACES, c)
-    hidden, balance = _layers(params, x, block.kinds(position, c), row, c)
+    hidden, balance = _layers(params, x, block.rotations(position, c), row, c)
     return _moved_on(hidden, before // parts, group, c)[:, :, :wanted], balance
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxreason import sharding
-from jaxreason.numerics import at_least_float32
+from jaxreason.models import attention
 
 PLATFORM = {"xla": None, "cudnn": "gpu", "splash": "tpu"}  # where each implementation runs; None: anywhere
 TILE = 128  # lanes of a TPU register: splash's blocks are multiples of it
@@ -148,16 +148,10 @@ def _visible(segments: jax.Array, layout: Layout, window: int) -> jax.Array:
 def _xla(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, layout: Layout, scale: float, softcap: float, window: int
 ) -> jax.Array:
-    rows, places, heads, size = q.shape
-    kind = at_least_float32(q.dtype)
-    grouped = q.reshape(rows, places, k.shape[2], -1, size)
-    scores = jnp.einsum("pnkrc,pmkc->pkrnm", grouped, k, preferred_element_type=kind) * scale
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = _visible(segments, layout, window)[:, None, None]
-    p = jax.nn.softmax(jnp.where(mask, scores, jnp.full_like(scores, jnp.finfo(kind).min / 2)), axis=-1)
-    out = jnp.einsum("pkrnm,pmkc->pnkrc", p.astype(v.dtype), v, preferred_element_type=kind)
-    return out.reshape(rows, places, heads, v.shape[3]).astype(q.dtype)
+    law = attention.Law(scale, softcap, window)
+    prompt = segments[:, : layout.prompt_tokens]
+    out = attention.part_attention(q, k[:, None], v[:, None], prompt, 0, group=layout.group, law=law)
+    return out.astype(q.dtype)
 
 
 def _pad(x: jax.Array, places: int, width: int) -> jax.Array:
