@@ -61,7 +61,7 @@ def mesh_shape(config: MeshConfig, *, devices: int) -> tuple[int, ...]:
         if devices % fixed:
             raise ValueError(
                 f"config.mesh sizes {told} need a multiple of {fixed} devices, and there are {devices}: "
-                f"change config.mesh.fsdp or tensor so that their product divides {devices}"
+                f"change them so that their product divides {devices}"
             )
         sizes[sizes.index(-1)] = devices // fixed
     elif fixed != devices:

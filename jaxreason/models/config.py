@@ -56,7 +56,7 @@ class Rope:
     mscale: float = 0.0  # 'yarn'
     mscale_all_dim: float = 0.0  # 'yarn'
     truncate: bool = True  # 'yarn': whole dimensions at the ends of its ramp
-    fraction: float = 1.0  # of each head that is rotated, its first part
+    fraction: float = 1.0  # of each head that is rotated, its first part; less than 1 in phi3 alone
     interleaved: bool = False  # pairs are neighbours, not half a head apart
 
 
@@ -258,6 +258,11 @@ def _check_rope(rope: Rope, a: Architecture, *, key: str) -> None:
             raise ValueError(f"{key}.{name} is {getattr(rope, name)}: expected more than 0")
     if not 0 < rope.fraction <= 1:
         raise ValueError(f"{key}.fraction is {rope.fraction}: expected more than 0, and at most 1")
+    if rope.fraction != 1 and a.family != "phi3":  # transformers leaves partial_rotary_factor unread elsewhere, or fails
+        raise ValueError(
+            f"{key}.fraction (partial_rotary_factor) is {rope.fraction} in family '{a.family}': expected 1, as only phi3 rotates a "
+            "part of each head"
+        )
     if rope.kind in ("llama3", "yarn") and rope.original_positions < 1:
         raise ValueError(
             f"{key}.original_positions is {rope.original_positions}: '{rope.kind}' needs the context before it was stretched"

@@ -17,6 +17,18 @@ CLASSES = {
     "olmo2": "Olmo2",
     "deepseek_v3": "DeepseekV3",
 }
+# keys that say in another form what `write` says, and that would go before it
+OLDER = (
+    "rope_scaling",
+    "rope_theta",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "sliding_window_pattern",
+    "max_window_layers",
+    "layer_types",
+    "num_local_experts",
+)
 
 
 def write(architecture: Architecture) -> Json:

@@ -151,12 +151,13 @@ def _layers(
 
 
 def _implementation(c: Context) -> str:
-    platform = c.mesh.devices.flat[0].platform
+    device, a = c.mesh.devices.flat[0], c.architecture
     kind = "bfloat16" if c.numerics.matmul_dtype == "bfloat16" else c.numerics.activation
     name = c.numerics.attention
     if c.mesh.shape["sequence"] > 1 and name == "auto":
         return "xla"
-    name = kernels.choose(name, platform=platform, softcap=c.architecture.attention_softcap, dtype=kind)
+    fits = max(a.head_size, a.value_size) <= kernels.widest_of_cudnn(device)
+    name = kernels.choose(name, platform=device.platform, softcap=a.attention_softcap, dtype=kind, fits=fits)
     if c.mesh.shape["sequence"] > 1 and name != "xla":
         raise ValueError(
             f"config.model.numerics.attention is '{name}' with config.mesh.sequence = {c.mesh.shape['sequence']}: "
@@ -261,7 +262,8 @@ def _forward(
     own = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None, None] + length[:, None, None], real.shape)
     position = beside(jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0), own)
     segments = jnp.pad(prompt_mask.astype(jnp.int32), ((0, 0), (0, group * tokens)), constant_values=1)
-    row = Row(_attention(kernels.Layout(before, group, tokens), segments, c), beside(prompt_mask, real))
+    layout = kernels.Layout(before, group if tokens else 0, tokens)  # of a completion of one token nothing is fed
+    row = Row(_attention(layout, segments, c), beside(prompt_mask, real))
     x = block.embed(params, beside(prompt, fed(completion)), PLACES, c)
     hidden, balance = _layers(params, x, block.rotations(position, c), row, c)
     return _moved_on(hidden, before // parts, group, c)[:, :, :wanted], balance
@@ -271,7 +273,8 @@ def _moved_on(hidden: Float[Array, "R n D"], prompt_tokens: int, group: int, c: 
     """The prompt's last place, and each completion's places but its last."""
 
     def own(hidden: jax.Array) -> jax.Array:
-        x = hidden[:, prompt_tokens:].reshape(hidden.shape[0], group, -1, hidden.shape[-1])
+        places = (hidden.shape[1] - prompt_tokens) // group
+        x = hidden[:, prompt_tokens:].reshape(hidden.shape[0], group, places, hidden.shape[-1])
         first = jnp.broadcast_to(hidden[:, None, prompt_tokens - 1 : prompt_tokens], (*x.shape[:2], 1, x.shape[3]))
         if parts == 1:
             return jnp.concatenate([first, x], axis=2)

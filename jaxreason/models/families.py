@@ -87,6 +87,7 @@ def read(content: Json, file: Path) -> Architecture:
     config.only("hidden_activation" if family in GEMMA else "hidden_act", gelu if family in GEMMA else "silu")
     config.only("mlp_bias", False)
     config.only("use_bidirectional_attention", False)
+    config.only("is_causal", True)
     heads, width = config.number("num_attention_heads", None, int), config.number("hidden_size", None, int)
     layers = config.number("num_hidden_layers", None, int)
     kv_heads = heads if "num_key_value_heads" in content else KV_HEADS.get(family, heads)
@@ -161,7 +162,7 @@ def read_head(content: Json, file: Path) -> Head:
     if not kinds:
         raise ValueError(f"{file} has architectures [{name!r}], and supported are those that end in {', '.join(SUFFIX.values())}")
     labels = config.several("id2label", dict)  # transformers leaves two labels out
-    return Head(kinds[0], 1) if kinds[0] == "lm" else Head(kinds[0], len(labels) or 2)
+    return Head(kinds[0], 1) if kinds[0] == "lm" else Head(kinds[0], len(labels) or config.number("num_labels", 2, int))
 
 
 # ---- rotary positions
@@ -172,7 +173,7 @@ def _ropes(config: Config, family: str) -> tuple[Rope, Rope]:
     old, today = config.several("rope_scaling", dict), config.several("rope_parameters", dict)
     if family != "gemma3_text":
         return _rope(config, family, old or today, theta=10_000.0), Rope()
-    full = old or config.several("full_attention", dict, where=today)
+    full = config.several("full_attention", dict, where=today) | old
     local = config.several("sliding_attention", dict, where=today)
     return (
         _rope(config, family, full, theta=1_000_000.0),
@@ -185,17 +186,27 @@ def _rope(config: Config, family: str, given: Json, *, theta: float, key: str = 
     there = [each for each in ROPES if family != "phi3" or each == "default"]
     if kind not in there:
         raise ValueError(f"{config.file} has rope_type {kind!r}, and supported are {', '.join(there)}: give another checkpoint")
+    nested = [name for name, value in given.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"{config.file} has rope_parameters of {nested[0]!r} alone, and layers of {family} are rotated alike: "
+            "give one set of them"
+        )
     base = config.number("rope_theta", config.number(key, theta, float), float, where=given)
     fraction = config.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0, float), float, where=given)
     rope: Json = {"theta": base, "kind": kind, "fraction": fraction}
     if family == "deepseek_v3":
-        rope["interleaved"] = config.number("rope_interleave", True, bool)
+        rope["interleaved"] = config.number("rope_interleave", "rope_interleave" not in config.content, bool)
+        if kind in ("linear", "llama3") and config.number("mscale_all_dim", 0.0, float, where=given):
+            raise ValueError(f"{config.file} has mscale_all_dim with rope_type {kind!r}, and supported is 'yarn': give another one")
     if kind == "default":
         return Rope(**rope)
     if kind == "linear":
         return Rope(**rope, factor=config.number("factor", None, float, where=given))
     longest = config.number("max_position_embeddings", None, int)
     original = config.number("original_max_position_embeddings", longest, int, where=given)
+    if family != "gemma3_text":  # the one outside goes first
+        original = config.number("original_max_position_embeddings", original, int)
     if kind == "llama3":
         names = {"factor": "factor", "low_factor": "low_freq_factor", "high_factor": "high_freq_factor"}
         return Rope(
@@ -222,8 +233,8 @@ def _windows(config: Config, family: str, layers: int) -> tuple[int, str]:
     window = WINDOW[family] if absent else content["sliding_window"] if "sliding_window" in content else None
     if window is None:
         return none
-    window = config.number("sliding_window", window, int)
-    types = config.several("layer_types", list)
+    window = config.positive("sliding_window", window, int)
+    types = [] if family in ("qwen3_moe", "phi3") else config.several("layer_types", list)  # these two have no use for them
     if types:
         unknown = [each for each in types if each not in LETTERS]
         if unknown or len(types) != layers:

@@ -213,12 +213,15 @@ def export(
         raise ValueError(f"{folder} is the checkpoint that training started from: export to another folder")
     if folder.exists() and not _replaceable(folder):
         raise ValueError(f"{folder} exists and is no exported model, so it is not replaced: give a new folder")
+    specs = declare(architecture, head)
+    if jax.tree.structure(params) != jax.tree.structure(specs, is_leaf=spec.is_spec):
+        raise ValueError("export got parameters other than the architecture and the head declare: merge adapters with lora.merge")
     partial = folder.with_name(f".{folder.name}.partial")
     writing = jax.process_index() == 0
     if writing:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _write_tensors(params, declare(architecture, head), partial if writing else None, dtype=jnp.dtype(dtype))
+    _write_tensors(params, specs, partial if writing else None, dtype=jnp.dtype(dtype))
     if writing:
         _write_tokenizer(tokenizer, source, partial)
         _write_json(partial / "config.json", _config(architecture, head, tokenizer, source, dtype=dtype))
@@ -311,6 +314,7 @@ def _config(a: Architecture, head: Head, tokenizer: Tokenizer | None, source: Pa
         # without a tokenizer none: a family's default may lie outside the vocabulary
         eos, pad = (None, None) if tokenizer is None else (tokenizer.eos_ids[0], tokenizer.pad_id)
         ids = {"eos_token_id": eos, "pad_token_id": pad}
+        config = {name: value for name, value in config.items() if name not in config_json.OLDER}
         config |= config_json.write(a) | {"bos_token_id": None} | ids
     if source is None or read_head(source) != head:
         config |= config_json.write_head(a.family, head)

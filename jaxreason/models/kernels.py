@@ -39,15 +39,21 @@ class Layout(NamedTuple):
         return self.prompt_tokens + self.group * self.tokens
 
 
-def choose(implementation: str, *, platform: str, softcap: float = 0.0, dtype: str = "bfloat16") -> str:
+def widest_of_cudnn(device: Any) -> int:
+    """The widest heads that cuDNN takes there: 256 from Hopper on, 128 on older GPUs."""
+    return 256 if float(getattr(device, "compute_capability", 0) or 0) >= 9 else 128
+
+
+def choose(implementation: str, *, platform: str, softcap: float = 0.0, dtype: str = "bfloat16", fits: bool = True) -> str:
     """The implementation's name, with `auto` resolved: splash on TPU, cudnn on GPU, xla elsewhere and where those cannot.
 
-    cuDNN has no soft-cap and takes 16-bit operands (called by name it casts to bfloat16); splash has no float64.
+    cuDNN has no soft-cap and takes 16-bit operands (called by name it casts to bfloat16), of heads that `fits` says are no wider
+    than it takes; splash has no float64.
     """
     if implementation == "auto":
         if platform == "tpu" and dtype != "float64":
             return "splash"
-        return "cudnn" if platform == "gpu" and softcap == 0 and dtype in ("bfloat16", "float16") else "xla"
+        return "cudnn" if platform == "gpu" and fits and softcap == 0 and dtype in ("bfloat16", "float16") else "xla"
     if implementation not in PLATFORM:
         raise ValueError(f"attention {implementation!r} is not known: expected auto, {', '.join(PLATFORM)}")
     needed = PLATFORM[implementation]

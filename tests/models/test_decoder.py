@@ -391,3 +391,12 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     for shape in (f"[2,{tokens},{vocab}]", f"[{2 * tokens},{vocab}]"):
         assert shape not in compiled[32].as_text()
     assert f"[{2 * tokens},{vocab}]" in compiled[2 * tokens].as_text()
+
+
+def test_completions_of_one_token() -> None:
+    """Nothing of such a completion is fed: its token is predicted from the prompt's last."""
+    policy, prompts = make_policy(), make_prompts(5, 2)
+    one, two = jnp.full((2, 3, 1), 7, jnp.int32), jnp.full((2, 3, 2), 7, jnp.int32)
+    run = jax.jit(policy.model.completion_hidden)
+    found, expected = (run(policy.params, prompts.prompt, prompts.prompt_mask, x) for x in (one, two))
+    np.testing.assert_allclose(found, expected[:, :, :1], rtol=0, atol=1e-5)

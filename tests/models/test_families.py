@@ -23,7 +23,7 @@ from jaxreason import sharding
 from jaxreason.batch import PromptBatch
 from jaxreason.models import cache as caches
 from jaxreason.models import config as configs
-from jaxreason.models import decoder, families, heads, huggingface, kernels, spec
+from jaxreason.models import decoder, families, heads, huggingface, kernels, lora, spec
 from jaxreason.models.config import Architecture, Experts, Latent, Numerics, Rope
 from jaxreason.models.declare import declare
 from jaxreason.models.families import Head
@@ -347,6 +347,15 @@ def test_layers_that_predict_further_ahead_are_left_out_where_the_config_names_t
             "has rope_type 'longrope', and supported are default:",
         ),
         ("gemma3_text", {"use_bidirectional_attention": True}, "has use_bidirectional_attention True"),
+        ("llama3", {"is_causal": False}, "has is_causal False, and supported is True"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, r"fraction \(partial_rotary_factor\) is 0\.5 in family 'qwen3': expected 1"),
+        (
+            "qwen2_window",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "has rope_parameters of 'full_attention' alone",
+        ),
+        ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}}, "has mscale_all_dim with"),
+        ("mistral", {"sliding_window": 0}, "has sliding_window 0: expected more than 0"),
         ("gemma2", {"hidden_activation": "relu"}, "has hidden_activation 'relu'"),
         ("llama3", {"quantization_config": {"bits": 4}}, "has quantization_config"),
         ("llama3", {"rms_norm_eps": "small"}, "has rms_norm_eps 'small': expected a number"),
@@ -390,7 +399,7 @@ DEEPSEEK = Architecture(
         ({"family": "qwen3_moe", "experts": Experts(count=4, chosen=2)}, "mlp_size is 0"),
         ({"rope": Rope(kind="ntk")}, "rope.kind is 'ntk', which does not exist"),
         ({"rope": Rope(kind="yarn", factor=2.0)}, "original_positions is 0: 'yarn' needs"),
-        ({"rope": Rope(fraction=0.1)}, "x head_size is 3: expected an even number"),
+        ({"family": "phi3", "rope": Rope(fraction=0.1)}, "x head_size is 3: expected an even number"),
         ({"latent": Latent(kv_rank=8, rotated=8, value_size=8)}, "latent.kv_rank is 8 in family 'qwen2'"),
         ({"family": "deepseek_v3"}, "latent.kv_rank is 0 in family 'deepseek_v3'"),
     ],
@@ -448,6 +457,55 @@ def test_the_older_form_reads_what_is_absent_as_transformers_does() -> None:
             assert found.window == window, family
         if family != "deepseek_v3":
             assert found.head_size == (getattr(theirs, "head_dim", None) or 2), family
+
+
+def read(name: str, **changes: Any) -> Architecture:
+    file = FOLDER / name / "config.json"
+    return families.read(json.loads(file.read_text()) | changes, file)
+
+
+def test_where_a_setting_stands_twice_the_one_that_transformers_takes_is_read() -> None:
+    """Each as transformers 5.23 computes it, found by comparing logits."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert read("llama3", rope_scaling=yarn).rope.original_positions == 64
+    assert read("llama3", rope_scaling=yarn, original_max_position_embeddings=16).rope.original_positions == 16
+    per_layer = {"full_attention": {"rope_type": "default", "rope_theta": 777.0}, "sliding_attention": {"rope_theta": 33.0}}
+    gemma = read("gemma3_text", rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=per_layer)
+    assert gemma.rope.theta == 777 and gemma.window_rope.theta == 33
+    full = ["full_attention"] * len(json.loads((FOLDER / "gemma2" / "config.json").read_text())["layer_types"])
+    assert not read("gemma2", layer_types=full).window
+    for name in ("phi3", "qwen3_moe"):  # whose layers' types nobody reads
+        windows = {"sliding_window": 3, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}
+        assert read(name, **windows).windowed(0) and read(name, **windows).windowed(1), name
+    assert read("deepseek_v3").rope.interleaved and not read("deepseek_v3", rope_interleave=None).rope.interleaved
+
+
+def test_a_number_of_labels_without_their_names() -> None:
+    file = FOLDER / "qwen2_reward" / "config.json"
+    config = {name: x for name, x in json.loads(file.read_text()).items() if name not in ("id2label", "label2id")}
+    assert families.read_head(config | {"num_labels": 1}, file).labels == 1 and families.read_head(config, file).labels == 2
+
+
+def test_an_export_with_other_sizes_says_nothing_in_the_older_form(tmp_path: Path) -> None:
+    """What the source's config.json says of the old sizes would go before what is written."""
+    source, config = tmp_path / "source", legacy(json.loads((FOLDER / "llama3" / "config.json").read_text()))
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    longer = dataclasses.replace(huggingface.read_architecture(source), rope=Rope(5e5, "yarn", 4.0, 32))
+    model = decoder.make_decoder(longer, Numerics(), one_device())
+    params = huggingface.load_params(model.specs, FOLDER / "llama3", dtype="float32", mesh=one_device())
+    huggingface.export(params, longer, None, tmp_path / "out", source=source)
+    assert huggingface.read_architecture(tmp_path / "out") == longer
+
+
+def test_adapters_that_were_not_merged_are_not_exported(tmp_path: Path) -> None:
+    model, params = made("llama3")
+    adapters = spec.init(
+        lora.declare_lora(model.specs, lora.LoraConfig(rank=1)), jax.random.key(0), dtype="float32", mesh=one_device()
+    )
+    with pytest.raises(ValueError, match=r"merge adapters with lora\.merge"):
+        huggingface.export(lora.adapt(params, adapters), huggingface.read_architecture(FOLDER / "llama3"), None, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_declared_names_are_all_of_a_folders() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -298,6 +299,9 @@ def test_auto_takes_the_best_that_can() -> None:
     assert [auto(platform=p) for p in ("cpu", "gpu", "tpu", "METAL")] == ["xla", "cudnn", "splash", "xla"]
     assert [auto(platform=p, softcap=50.0) for p in ("cpu", "gpu", "tpu")] == ["xla", "xla", "splash"]
     assert [auto(platform=p, dtype="float32") for p in ("gpu", "tpu")] == ["xla", "splash"]
+    assert [auto(platform=p, fits=False) for p in ("gpu", "tpu")] == ["xla", "splash"]
+    devices = [SimpleNamespace(compute_capability=c) for c in ("8.0", "9.0", "10.0")]
+    assert [kernels.widest_of_cudnn(d) for d in (*devices, jax.devices()[0])] == [128, 256, 256, 128]
     assert [auto(platform=p, dtype="float64") for p in ("gpu", "tpu")] == ["xla", "xla"]
     assert [kernels.choose("xla", platform=p) for p in ("cpu", "gpu", "tpu")] == ["xla"] * 3
     assert kernels.choose("cudnn", platform="gpu") == "cudnn" and kernels.choose("splash", platform="tpu") == "splash"
