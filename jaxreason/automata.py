@@ -1,4 +1,4 @@
-"""Regular expressions as byte automata, and byte automata lifted to a vocabulary.
+"""Regular expressions and the search for strings as byte automata, and byte automata lifted to a vocabulary.
 
 A tokenizer cuts text wherever it likes: `</answer>` may be one token, five tokens, or the end of one and the start of
 the next. An automaton over *bytes* does not care. Lifting runs every token's bytes from every state once, on the host,
@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 DEAD = 0
+NONE, STEP, STOP = 0, 1, 2  # what a search finds, the stronger the larger
+INTEGER = r"-?[0-9]+"
 MAX_STATES = 4096  # beyond this a pattern is a mistake: counted repeats multiply, and subsets can double at each byte
 
 _DIGIT = frozenset(b"0123456789")
@@ -45,6 +47,13 @@ class TokenAutomaton(NamedTuple):
     accepting: np.ndarray
 
 
+class SearchAutomaton(NamedTuple):
+    """Where strings end in a text: `transitions [S, 256]` int32, `event [S, 256]` int8; it starts in 0, none is dead."""
+
+    transitions: np.ndarray
+    event: np.ndarray
+
+
 def compile_regex(pattern: str) -> ByteAutomaton:
     r"""The smallest automaton that accepts the byte strings which `pattern` matches in full.
 
@@ -57,6 +66,46 @@ def compile_regex(pattern: str) -> ByteAutomaton:
     start, end = nfa.new(), nfa.new()
     nfa.connect(node, start, end)
     return _determinise(nfa, start, end)
+
+
+def compile_search(stops: Collection[bytes], steps: Collection[bytes]) -> SearchAutomaton:
+    """Stop strings and step delimiters in one pass over a text (Aho and Corasick, Commun. ACM 18(6), 1975).
+
+    `event[s, b]` is STOP if byte b ends a stop string, else STEP if it ends a delimiter that counts, else NONE. Of
+    delimiters that overlap the one that ends first counts, and its bytes are part of no other: `aa` is once in `aaa`
+    and twice in `aaaa`. Stop strings may overlap anything. After a stop the search begins anew. Raises ValueError for
+    an empty string, and beyond MAX_STATES / 8 states (a string of n bytes brings up to n).
+    """
+    if b"" in [*stops, *steps]:
+        raise ValueError("a stop string or step delimiter is empty, which every text holds; give at least one character")
+    heads = [{string[:size] for string in strings for size in range(len(string))} for strings in (stops, steps)]
+
+    def tail(read: bytes, heads: set[bytes]) -> bytes:  # all that a later match can still make use of
+        return next((read[i:] for i in range(len(read)) if read[i:] in heads), b"")
+
+    order = [(b"", b"")]  # the tail for stop strings; for delimiters, since the last that counted
+    index = {order[0]: 0}
+    used = sorted(set(b"".join([*stops, *steps])))  # any other byte leads to state 0
+    rows, events = [], []
+    for state in order:  # grows while we read it
+        row, event = np.zeros(256, np.int32), np.zeros(256, np.int8)
+        for byte in used:
+            stop, step = (read + bytes([byte]) for read in state)
+            if stop.endswith(tuple(stops)):
+                event[byte] = STOP
+                continue
+            if step.endswith(tuple(steps)):
+                event[byte], step = STEP, b""
+            target = tail(stop, heads[0]), tail(step, heads[1])
+            if target not in index:
+                if len(order) >= MAX_STATES // 8:
+                    raise ValueError(f"stop strings and delimiters need over {MAX_STATES // 8} states; give fewer or shorter ones")
+                index[target] = len(order)
+                order.append(target)
+            row[byte] = index[target]
+        rows.append(row)
+        events.append(event)
+    return SearchAutomaton(np.array(rows), np.array(events))
 
 
 def lift(automaton: ByteAutomaton, vocabulary: Sequence[bytes | None], *, transparent: Collection[int] = ()) -> TokenAutomaton:
@@ -130,6 +179,16 @@ def text_without(tags: Sequence[str]) -> str:
 
     piece = re.escape(opener) + rest([tag[1:] for tag in tags])
     return f"(?:{other}+|{piece})(?:{piece})*"
+
+
+def think_answer_pattern(*, answer: str | None = None) -> str:
+    """The pattern of DeepSeek-R1's format (arXiv:2501.12948, Table 1): one think block and then one answer block.
+
+    Nothing is outside but white space between them; thinking may be empty, and neither block holds a tag. `answer` is
+    the pattern of what stands in the answer block, as INTEGER; by default any text that is not empty.
+    """
+    inside = text_without(("<think>", "</think>", "<answer>", "</answer>"))
+    return rf"<think>(?:{inside})?</think>\s*<answer>(?:{inside if answer is None else answer})</answer>"
 
 
 # A parsed pattern is a tree of tuples: ("bytes", set), ("cat", nodes), ("alt", nodes), ("repeat", node, least, most).

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxreason.automata import DEAD, byte_columns, compile_regex, lift, merge_columns, text_without
+from jaxreason.automata import DEAD, byte_columns, compile_regex, lift, merge_columns, think_answer_pattern
 from jaxreason.batch import PromptBatch
 
 _TOO_LARGE = 2**31 + 1  # a magnitude that no int32 has: where the value saturates
@@ -39,9 +39,7 @@ def think_answer_format(vocabulary: Sequence[bytes | None], eos_ids: Sequence[in
     EOS must be the last token that the mask keeps, so a truncated completion gets 0. Raises ValueError if no sequence
     of the vocabulary's tokens can match.
     """
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    inside = text_without(tags)
-    pattern = rf"<think>(?:{inside})?</think>\s*<answer>{inside}</answer>" if pattern is None else pattern
+    pattern = think_answer_pattern() if pattern is None else pattern
     eos = _checked_eos(vocabulary, eos_ids)
     if not eos:
         raise ValueError("eos_ids is empty, but only a completion that ends by EOS is well formed; give its EOS ids")
