@@ -93,6 +93,7 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["model.architecture.layers=0"], 1, ["config.model.architecture.layers is 0", "positive"]),
     (["model.architecture.rope_theta=0.0"], 1, ["config.model.architecture.rope_theta is 0.0", "more than 0"]),
     (["model.architecture.vocab_size=20"], 1, ["config.model.architecture.vocab_size is 20", "tokens", "raise it to"]),
+    (["model.balance_weight=0.1"], 1, ["config.model.balance_weight is 0.1", "no experts", "set it to 0"]),
     (["model.numerics.param_dtype=float8"], 1, ["config.model.numerics.param_dtype", "'float8'", "float32 and bfloat16"]),
     (["model.numerics.matmul_dtype=float64"], 1, ["config.model.numerics", "'float64'", "expected one of"]),
     (["model.path=no/such/folder"], 1, ["no/such/folder", "no folder", "give a folder"]),
@@ -114,6 +115,14 @@ def test_a_mistake_is_one_sentence_with_key_value_and_remedy(tmp_path, overrides
         build(tmp_path, *overrides, devices=devices)
     sentence = one_sentence(error.value)
     assert [part for part in holds if part not in sentence] == [], sentence
+
+
+def test_attention_that_cannot_train_here_is_told_before_anything_is_computed(tmp_path):
+    experiments.check_attention(build(tmp_path))
+    for name in ("cudnn", "splash"):
+        elsewhere = build(tmp_path, f"model.numerics.attention={name}")  # sampling and evaluation do without it
+        with pytest.raises(ValueError, match=f"'{name}', which runs on .*, and this is cpu"):
+            experiments.check_attention(elsewhere)
 
 
 def test_what_an_algorithm_asks_of_its_rows(tmp_path):

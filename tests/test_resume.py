@@ -411,6 +411,8 @@ def test_a_workdir_that_cannot_be_used_is_a_sentence(short: configs.Config, undi
     changed = configs.from_dict(configs.to_dict(short) | {"seed": 7})
     with pytest.raises(ValueError, match=r"holds a run with config\.seed = 0, and this one has 7: give another --workdir"):
         folders.open_folder(changed, undisturbed)
+    mesh = dataclasses.replace(short.mesh, fsdp=4, data=2)
+    folders.open_folder(dataclasses.replace(short, mesh=mesh), undisturbed)  # a run goes on on other devices
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not a run's folder and holds 'notes\.txt'"):
         folders.open_folder(short, tmp_path)

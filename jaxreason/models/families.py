@@ -7,6 +7,7 @@ A setting that we do not compute is a ValueError: nothing is read and then ignor
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,20 @@ EPSILON = {"phi3": 1e-5, "olmo2": 1e-5}
 WINDOW = {"mistral": 4096, "gemma2": 4096, "gemma3_text": 4096, "qwen2": 4096, "qwen3": 4096, "qwen3_moe": 4096}
 BIASED = ("llama", "qwen3", "qwen3_moe", "olmo2", "gemma2", "gemma3_text")  # that have the key attention_bias
 LETTERS = {"sliding_attention": "w", "full_attention": "f"}
-
-
+# how the file calls what an Architecture has
+KEYS = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "mlp_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "experts.chosen": "num_experts_per_tok",
+    "experts.groups": "n_group",
+    "experts.mlp_size": "moe_intermediate_size",
+    "latent.rotated": "qk_rope_head_dim",
+}
 SUFFIX = {"lm": "ForCausalLM", "sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
 
 
@@ -50,7 +63,8 @@ class Config(NamedTuple):
             return kind(value)
         if type(value) is not kind:
             expected = {int: "an integer", float: "a number", bool: "true or false"}[kind]
-            raise ValueError(f"{self.file} has {key} {value!r}: expected {expected}")
+            found = f"no {key}" if value is None else f"{key} {value!r}"
+            raise ValueError(f"{self.file} has {found}: expected {expected}")
         return value
 
     def several(self, key: str, kind: type, *, where: Json | None = None) -> Any:
@@ -72,7 +86,8 @@ class Config(NamedTuple):
         found = self.content.get(key)
         found = (expected if default is None else default) if found is None else found
         if found != expected:
-            raise ValueError(f"{self.file} has {key} {found!r}, and supported is {expected!r}: give another checkpoint")
+            supported = "none" if expected is None else repr(expected)
+            raise ValueError(f"{self.file} has {key} {found!r}, and supported is {supported}: give another checkpoint")
 
 
 def read(content: Json, file: Path) -> Architecture:
@@ -120,8 +135,19 @@ def read(content: Json, file: Path) -> Architecture:
         experts=_experts(config, family, layers),
         latent=latent,
     )
-    check(architecture, key=f"{file}: architecture" if file.suffix == ".json" else str(file))
+    _check(architecture, file)
     return architecture
+
+
+def _check(architecture: Architecture, file: Path) -> None:
+    """A ValueError where the sizes contradict each other, under the file's own keys."""
+    if file.suffix != ".json":
+        return check(architecture, key=str(file))
+    try:
+        check(architecture, key="architecture")
+    except ValueError as error:
+        text = re.sub(r"\barchitecture\.([a-z_]+(\.[a-z_]+)?)", lambda key: KEYS.get(key[1], key[0]), str(error))
+        raise ValueError(f"{file}: {text}") from None
 
 
 def of_sizes(sizes: Sizes) -> Architecture:

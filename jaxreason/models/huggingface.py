@@ -107,9 +107,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors files, which stay open as long as the stack."""
     from safetensors import SafetensorError, safe_open
 
-    placed: dict[str, str] = {}
-    if (folder / INDEX).is_file():
-        placed = _read_json(folder / INDEX).get("weight_map", {})
+    placed = _placed(folder)
     tensors = {}
     for file in sorted(set(placed.values())) or [SINGLE]:
         if not (folder / file).is_file():
@@ -126,13 +124,25 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Stored]:
     return tensors
 
 
+def _placed(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the folder's index has it; empty without an index."""
+    if not (folder / INDEX).is_file():
+        return {}
+    placed = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map from tensors' names to files' names: download it again")
+    return placed
+
+
 def _check(specs: Specs, tensors: dict[str, Stored], folder: Path) -> None:
     """A ValueError where the tensors are not those declared."""
     expected = {name: each.hf.hf_shape(each.own) for _, each in spec.leaves(specs) for _, name in each.names()}
+    placed = _placed(folder)
     wrong = []
     for name, shape in expected.items():
         if name not in tensors:
-            wrong.append(f"tensor {name} of shape {list(shape)} is in none of the safetensors files")
+            where = f"not in {placed[name]}, where {INDEX} has it" if name in placed else "in none of the safetensors files"
+            wrong.append(f"tensor {name} of shape {list(shape)} is {where}")
         elif tensors[name].shape != shape:
             wrong.append(f"tensor {name} in {tensors[name].file} has shape {list(tensors[name].shape)}, expected {list(shape)}")
         elif tensors[name].kind not in STORED:
@@ -197,7 +207,7 @@ def export(
     folder: str | Path,
     *,
     head: Head = LANGUAGE,
-    source: Path | None = None,
+    source: str | Path | None = None,
     dtype: str = "float32",
 ) -> None:
     """Writes a folder that transformers and `load_params` read. Every process must call it; the first one writes.
@@ -206,10 +216,10 @@ def export(
     what differs; without a tokenizer and a source the folder has none. It appears whole or not at all; one that is there is
     replaced if it is an export too, and is otherwise a ValueError.
     """
-    folder = Path(folder).absolute()
+    folder, source = Path(folder).absolute(), None if source is None else Path(source)
     if dtype not in EXPORTED:
         raise ValueError(f"export got dtype {dtype!r}: expected one of {', '.join(EXPORTED)}")
-    if source is not None and folder.resolve() == Path(source).resolve():
+    if source is not None and folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the checkpoint that training started from: export to another folder")
     if folder.exists() and not _replaceable(folder):
         raise ValueError(f"{folder} exists and is no exported model, so it is not replaced: give a new folder")
@@ -239,7 +249,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, source: Path | None, folder: P
             tokenizer.save(folder)
         return
     for pattern in TOKENIZER_FILES:
-        for file in Path(source).glob(pattern):
+        for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
 
 

@@ -54,13 +54,13 @@ def choose(implementation: str, *, platform: str, softcap: float = 0.0, dtype: s
         if platform == "tpu" and dtype != "float64":
             return "splash"
         return "cudnn" if platform == "gpu" and fits and softcap == 0 and dtype in ("bfloat16", "float16") else "xla"
+    given = f"config.model.numerics.attention is {implementation!r}"
     if implementation not in PLATFORM:
-        raise ValueError(f"attention {implementation!r} is not known: expected auto, {', '.join(PLATFORM)}")
+        raise ValueError(f"{given}, which is not known: expected auto, {', '.join(PLATFORM)}")
     needed = PLATFORM[implementation]
     if needed not in (None, platform):
         raise ValueError(
-            f"attention {implementation!r} runs on {needed} and this is {platform}: of {', '.join(PLATFORM)} choose xla, "
-            "or auto for the best there is"
+            f"{given}, which runs on {needed}, and this is {platform}: choose xla, or auto for the best there is"
         )
     return implementation
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxreason import config as configs
@@ -84,6 +85,11 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
         raise ValueError(f"config.model.weights is '{config.model.weights}': expected 'checkpoint' or 'random'")
     source = huggingface.resolve(config.model.path) if config.model.path else None
     architecture = huggingface.read_architecture(source) if source else families.of_sizes(config.model.architecture)
+    if config.model.balance_weight and not architecture.experts.count:
+        raise ValueError(
+            f"config.model.balance_weight is {config.model.balance_weight}, and the model has no experts: set it to 0, or give a "
+            "model that has them"
+        )
     model_config.check_numerics(config.model.numerics)
     configs.check_context(config, architecture)
     task = configs.make(tasks, config.task, key="task", returns="Task")
@@ -131,6 +137,20 @@ def _fitting(task: Task, problems: Sequence[Problem], tokenizer: Tokenizer, limi
     """The indices of those problems whose prompts have at most `limit` tokens."""
     rows = tokenizer.encode_prompts([task.messages(problem) for problem in problems])
     return [index for index, row in enumerate(rows) if len(row) <= limit]
+
+
+def check_attention(experiment: Experiment) -> None:
+    """A ValueError where the attention that the config names cannot train here: by shapes, before anything is computed.
+
+    A run is evaluated and sampled from without it, so only training asks.
+    """
+    e, sampling = experiment, experiment.config.sampling
+    problems = sharding.problem_shards(e.mesh)
+    prompt = jax.ShapeDtypeStruct((problems, sampling.max_prompt_tokens), jnp.int32)
+    real = jax.ShapeDtypeStruct(prompt.shape, jnp.bool_)
+    completion = jax.ShapeDtypeStruct((problems, 1, sampling.max_completion_tokens), jnp.int32)
+    params = spec.abstract(e.specs, dtype=e.model.numerics.param_dtype, mesh=e.mesh)
+    jax.eval_shape(e.model.completion_hidden, params, prompt, real, completion)
 
 
 def initial_params(experiment: Experiment) -> Any:

@@ -68,8 +68,10 @@ def begin(config: Config, workdir: Path) -> None:
 
 
 def _changed(config: Config, known: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys in which a run differs from this one; not those of the mesh, for a run goes on on other devices."""
     # through JSON, as the stored one went: tuples are lists there
-    return differences(known, json.loads(json.dumps(configs.to_dict(config))))
+    new = json.loads(json.dumps(configs.to_dict(config)))
+    return differences({**known, "mesh": None}, {**new, "mesh": None})
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

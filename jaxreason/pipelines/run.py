@@ -19,6 +19,7 @@ from jaxreason.models import huggingface, lora, spec
 from jaxreason.pipelines.experiment import (
     Experiment,
     build,
+    check_attention,
     describe,
     evaluator,
     initial_adapters,
@@ -63,6 +64,7 @@ def train(
     if jax.process_index() == 0:
         begin(config, workdir)
     e = build(config, workdir, devices=devices)
+    check_attention(e)
     log = RunLog(workdir)
     log.write_json("config.json", configs.to_dict(config))
     evaluate = evaluator(e)

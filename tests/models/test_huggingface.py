@@ -240,6 +240,23 @@ def test_a_missing_file_is_named(shared: Path, tied: Path, tmp_path: Path) -> No
         load(cut)
 
 
+def test_an_index_that_is_none_or_names_another_file(shared: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(shared / "data" / "models" / "tiny_qwen2_sharded", cut, copy_function=shutil.copyfile)
+    cut.chmod(0o755)
+    index = cut / "model.safetensors.index.json"
+    placed = json.loads(index.read_text())["weight_map"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    for wrong in ({}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {name: 3}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"cut/model\.safetensors\.index\.json has no weight_map from tensors' names"):
+            load(cut)
+    other = next(file for file in placed.values() if file != placed[name])
+    index.write_text(json.dumps({"weight_map": placed | {name: other}}))
+    with pytest.raises(ValueError, match=rf"tensor {name} of shape \[176, 64\] is not in {other}, where model.*index\.json has it"):
+        load(cut)
+
+
 # ---- config.json
 
 
@@ -269,13 +286,13 @@ def test_both_forms_of_a_config_are_read(tied: Path) -> None:
         ({"model_type": "gpt2"}, r"config\.json has model_type 'gpt2', and supported are deepseek_v3, gemma2, .*qwen2"),
         ({"model_type": None}, "has model_type None"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "dynamic"}}, "has rope_type 'dynamic', and supported are default"),
-        ({"rope_scaling": {"type": "linear"}}, "has factor None: expected a number"),
+        ({"rope_scaling": {"type": "linear"}}, "has no factor: expected a number"),
         ({"use_sliding_window": True, "layer_types": ["chunked_attention"] * 3}, "has layer_types with 'chunked_attention'"),
         ({"use_sliding_window": True, "layer_types": ["full_attention"]}, "has 1 layer_types for 3 layers"),
         ({"mlp_bias": True}, "has mlp_bias True, and supported is False"),
         ({"hidden_act": "gelu"}, "has hidden_act 'gelu', and supported is 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "has quantization_config"),
-        ({"hidden_size": None}, "has hidden_size None: expected an integer"),
+        ({"quantization_config": {"bits": 4}}, "has quantization_config .*, and supported is none: give another checkpoint"),
+        ({"hidden_size": None}, "has no hidden_size: expected an integer"),
         ({"num_hidden_layers": "3"}, "has num_hidden_layers '3': expected an integer"),
     ],
 )
@@ -326,7 +343,7 @@ def test_older_keys_of_the_source_are_kept(tied: Path, tmp_path: Path) -> None:
     _configure(tied, rope_parameters=None, rope_theta=2e4, dtype=None, torch_dtype="float32", custom="kept")
     (tied / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1], "temperature": 0.7}))
     params, tokenizer = load(tied), load_tokenizer(tied)
-    huggingface.export(params, huggingface.read_architecture(tied), tokenizer, tmp_path / "new", source=tied, dtype="bfloat16")
+    huggingface.export(params, huggingface.read_architecture(tied), tokenizer, tmp_path / "new", source=str(tied), dtype="bfloat16")
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert (config["torch_dtype"], config["rope_theta"], config["custom"]) == ("bfloat16", 2e4, "kept")
     assert "dtype" not in config

@@ -308,11 +308,11 @@ def test_auto_takes_the_best_that_can() -> None:
 
 
 def test_what_cannot_be_done_is_said() -> None:
-    with pytest.raises(ValueError, match="'flash' is not known: expected auto, xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="'flash', which is not known: expected auto, xla, cudnn, splash"):
         kernels.choose("flash", platform="gpu")
-    with pytest.raises(ValueError, match="'cudnn' runs on gpu and this is cpu: .* choose xla"):
+    with pytest.raises(ValueError, match="'cudnn', which runs on gpu, and this is cpu: .* choose xla"):
         kernels.choose("cudnn", platform="cpu")
-    with pytest.raises(ValueError, match="'splash' runs on tpu and this is gpu"):
+    with pytest.raises(ValueError, match="'splash', which runs on tpu, and this is gpu"):
         kernels.choose("splash", platform="gpu")
     x, segments = jnp.zeros((2, 10, 3, 8)), jnp.ones((2, 10), jnp.int32)
     attend = partial(row_attention, x, x, x, segments, scale=1.0)
