@@ -310,7 +310,7 @@ def test_auto_takes_the_best_that_can() -> None:
 def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(ValueError, match="'flash', which is not known: expected auto, xla, cudnn, splash"):
         kernels.choose("flash", platform="gpu")
-    with pytest.raises(ValueError, match="'cudnn', which runs on gpu, and this is cpu: .* choose xla"):
+    with pytest.raises(ValueError, match="'cudnn', which runs on gpu, and this is cpu: choose xla"):
         kernels.choose("cudnn", platform="cpu")
     with pytest.raises(ValueError, match="'splash', which runs on tpu, and this is gpu"):
         kernels.choose("splash", platform="gpu")
