@@ -30,13 +30,13 @@ import optax
 import jaxreason
 from jaxreason import objectives, sharding
 from jaxreason.batch import PromptBatch
+from jaxreason.compiling import compiled
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Numerics
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.training import online
 from jaxreason.training import state as states
 from jaxreason.training.collect import Scoring
-from jaxreason.training.compiling import compiled
 from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
 
 NO_EOS = -1  # an id that is never sampled

@@ -30,10 +30,10 @@ import optax
 import jaxreason
 from jaxreason import objectives, sharding
 from jaxreason.batch import RolloutBatch
+from jaxreason.compiling import compiled
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import ATTENTION, REMAT, Architecture, Numerics, check_numerics
 from jaxreason.training import state as states
-from jaxreason.training.compiling import compiled
 from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
 from jaxreason.training.step import Split, make_update, score
 

@@ -40,6 +40,10 @@ class Completion:
     text: str
     tokens: Sequence[int]
     stop: StopReason
+    logp: Sequence[float] = ()  # of each token, under the law that sampled it
+    mask: Sequence[bool] = ()  # whether the policy chose it
+    step_ends: Sequence[int] = ()  # places of the tokens within which a reasoning step ended
+    after_stop: int = 0  # bytes of the last token that follow the stop string, and are not in the text
 
 
 @dataclass(frozen=True)

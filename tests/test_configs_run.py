@@ -13,8 +13,14 @@ from jaxreason.cli.progress import QuietProgress
 from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
 
+# which other tests train as the command does, in a process of its own: in test_commands and test_gsm8k
+TRAINED_ELSEWHERE = ("quickstart", "gsm8k_grpo")
 
-@pytest.mark.parametrize("name", [name for name, _ in schema.shipped()])
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in TRAINED_ELSEWHERE)) for name, _ in schema.shipped()],
+)
 def test_it_runs_two_tiny_steps(name, tmp_path, request):
     config = schema.load(f"{name}:tiny")
     overrides = []

@@ -27,11 +27,10 @@ STEPS = 3
 MAX_PROMPT_TOKENS = 256  # with 512 tokens of vocabulary about half of the problems are longer
 
 
-def jaxreason(*words: str | Path, cache: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "COLUMNS": "100"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+def jaxreason(*words: str | Path, one_device: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | one_device | {"COLUMNS": "100"}
     command = [sys.executable, "-m", "jaxreason", *map(str, words)]
-    done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -47,12 +46,7 @@ def data(shared) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.getbasetemp() / "xla-1"  # shared with the other files that start processes of one device
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, model, data, cache) -> tuple[Path, str]:
+def trained(tmp_path_factory, model, data, one_device) -> tuple[Path, str]:
     """A run's folder, and what was printed."""
     folder = tmp_path_factory.mktemp("gsm8k") / "run"
     settings = {
@@ -65,7 +59,7 @@ def trained(tmp_path_factory, model, data, cache) -> tuple[Path, str]:
         "evaluation.every_steps": 2,
     }
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    done = jaxreason("train", "--config", "gsm8k_grpo:tiny", "--workdir", folder, *overrides, cache=cache)
+    done = jaxreason("train", "--config", "gsm8k_grpo:tiny", "--workdir", folder, *overrides, one_device=one_device)
     return folder, done.stdout
 
 
@@ -161,16 +155,16 @@ def test_the_policy_folder_is_a_model(trained, model):
     assert load_tokenizer(policy).hf.get_vocab() == load_tokenizer(model).hf.get_vocab()
 
 
-def test_evaluate_sample_and_export(trained, cache, tmp_path):
+def test_evaluate_sample_and_export(trained, one_device, tmp_path):
     folder, _ = trained
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    evaluated = jaxreason("evaluate", folder, cache=cache).stdout
+    evaluated = jaxreason("evaluate", folder, one_device=one_device).stdout
     assert "stage 'reinforce', step 3" in evaluated and "left out: their prompts are too long" in evaluated
     assert f"eval/gsm8k/length = {summary['after']['eval/gsm8k/length']:.4f}" in evaluated
     question = "Tom has 3 pens and buys 4. How many pens has he now?"
-    sampled = jaxreason("sample", folder, "--n", "2", "--problem", question, "--answer", "7", cache=cache).stdout
+    sampled = jaxreason("sample", folder, "--n", "2", "--problem", question, "--answer", "7", one_device=one_device).stdout
     assert sampled.count("accuracy 0") + sampled.count("accuracy 1") == 2 and sampled.count("ended by") == 2
-    jaxreason("export", folder, tmp_path / "out", cache=cache)
+    jaxreason("export", folder, tmp_path / "out", one_device=one_device)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "policy" / name).read_bytes()
 

@@ -61,15 +61,15 @@ def test_the_wheel_holds_everything_that_is_read_at_run_time(wheel):
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
 
 
-def test_the_installed_package_runs_from_anywhere(installed, tmp_path):
+def test_the_installed_package_runs_from_anywhere(installed, one_device, tmp_path):
     python = [sys.executable, "-P", "-m", "jaxreason"]  # -P: the current folder is not on the path
     where = "import jaxreason; print(jaxreason.__file__)"
     assert run(sys.executable, "-P", "-c", where, cwd=tmp_path, PYTHONPATH=str(installed)).startswith(str(installed))
     listed = run(*python, "configs", cwd=tmp_path, PYTHONPATH=str(installed))
     experiments = [path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("_")]
     assert "quickstart" in experiments and all(name in listed for name in experiments)
-    train = ["train", "--config", "quickstart:tiny", "--workdir", tmp_path / "run"]
-    run(*python, *train, cwd=tmp_path, PYTHONPATH=str(installed))
+    train = ["train", "--config", "quickstart:tiny", "--config.seed=5", "--workdir", tmp_path / "run"]  # as in test_commands
+    run(*python, *train, cwd=tmp_path, PYTHONPATH=str(installed), **one_device)
     assert any((tmp_path / "run").iterdir())
 
 

@@ -33,15 +33,8 @@ SECONDS = 120  # after which a process that says nothing has hung
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return inherited | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.getbasetemp() / "xla-1"),
-        "PYTHONPATH": str(ROOT),
-        "TERM": "xterm",
-        "COLUMNS": "100",
-    }
+def environment(one_device: dict[str, str]) -> dict[str, str]:
+    return os.environ | one_device | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
 
 
 class Process:

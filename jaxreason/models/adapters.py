@@ -177,6 +177,9 @@ def _policy(
         forward=partial(_forward, c=c),
         hidden=partial(_hidden, c=c),
         prefill=partial(_prefill, c=c),
+        insert=_insert,
+        empty=_empty,
+        select=_select,
         decode=partial(_decode, c=c),
         prepare_sampling=lambda params: params,
         project=partial(_project, c=c),
@@ -274,9 +277,9 @@ def _shape(function: Any, params: Params, *args: Any, what: str, wanted: str, le
 
 
 def _read(
-    params: Params, tokens: Int[Array, "B N"], segments: Int[Array, "B N"], at: Int[Array, " K"], *, c: Context
+    params: Params, tokens: Int[Array, "B N"], segments: Int[Array, "B N"], at: Int[Array, "#B K"], *, c: Context
 ) -> Float[Array, "B K D"]:
-    """What the module makes of the tokens at places `at` of every row; segment 0 is padding."""
+    """What the module makes of the tokens at places `at` of its rows; segment 0 is padding."""
     tokens, segments = (c.constrain(x, ("problems", None)) for x in (tokens, segments))
     size = tokens.shape[1]
     place = jnp.arange(size, dtype=jnp.int32)[None]
@@ -287,7 +290,7 @@ def _read(
     # padding sees padding: a row without a single key would be NaN in many a module
     mask = (place[:, :, None] >= place[:, None, :]) & (segments[:, :, None] == segments[:, None, :])
     out = c.run(c.call, params, tokens, positions, mask)
-    return jnp.take_along_axis(out, ((at[None] - lead) % size)[..., None], axis=1)
+    return jnp.take_along_axis(out, ((at - lead) % size)[..., None], axis=1)
 
 
 def _rows(
@@ -316,13 +319,13 @@ def _forward(
     """From what each completion token is predicted (logits, without a head), and 0. The last token is fed to nobody."""
     tokens, segments = _rows(prompt, prompt_mask, completion[:, :, :-1])
     at = jnp.arange(prompt.shape[1] - 1, tokens.shape[1], dtype=jnp.int32)
-    hidden = _read(params, tokens, segments, at, c=c)
+    hidden = _read(params, tokens, segments, at[None], c=c)
     return hidden.reshape(*completion.shape, -1), jnp.zeros((), at_least_float32(hidden.dtype))
 
 
 def _hidden(params: Params, tokens: Int[Array, "P N"], segments: Int[Array, "P N"], *, c: Context) -> Float[Array, "P N D"]:
     """The same of every token of rows of one or several segments, numbered from 1; 0 is padding, on either side."""
-    return _read(params, tokens, segments, jnp.arange(tokens.shape[1], dtype=jnp.int32), c=c)
+    return _read(params, tokens, segments, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], c=c)
 
 
 def _project(params: Params, hidden: Float[Array, "rows D"], *, c: Context) -> Float[Array, "rows V"]:
@@ -330,32 +333,54 @@ def _project(params: Params, hidden: Float[Array, "rows D"], *, c: Context) -> F
     return logits.astype(at_least_float32(logits.dtype))
 
 
-class Cache(NamedTuple):
-    """Not a cache of keys and values: the tokens so far, to be read again."""
+class Prompts(NamedTuple):
+    """Not a cache of keys and values: the prompts, to be read again."""
 
     prompt: Int[Array, "P Tp"]
-    prompt_mask: Bool[Array, "P Tp"]
-    own: Int[Array, "P G T"]
-
-
-def _last(params: Params, cache: Cache, time: Int[Array, ""], *, c: Context) -> Float[Array, "P G D"]:
-    """From what token number `time` of every completion is predicted."""
-    at = (cache.prompt.shape[1] - 1 + time)[None]
-    return _read(params, *_rows(*cache), at, c=c).reshape(*cache.own.shape[:2], -1)
+    mask: Bool[Array, "P Tp"]
 
 
 def _prefill(
-    params: Params, prompt: Int[Array, "P Tp"], prompt_mask: Bool[Array, "P Tp"], *, group: int, tokens: int, c: Context
-) -> tuple[Float[Array, "P D"], Cache]:
-    """Reads the prompts; opens room for `tokens` tokens of each of `group` completions."""
-    cache = Cache(prompt, prompt_mask, jnp.zeros((prompt.shape[0], group, tokens), jnp.int32))
-    alone = cache._replace(own=cache.own[:, :1, :0])
-    return _last(params, alone, jnp.zeros((), jnp.int32), c=c)[:, 0], cache
+    params: Params, prompt: Int[Array, "P Tp"], prompt_mask: Bool[Array, "P Tp"], *, c: Context
+) -> tuple[Float[Array, "P D"], Prompts]:
+    """From what the first token after each prompt is predicted."""
+    tokens, segments = _rows(prompt, prompt_mask, jnp.zeros((prompt.shape[0], 1, 0), jnp.int32))
+    at = jnp.full(prompt.shape[0], prompt.shape[1] - 1, jnp.int32)
+    return _read(params, tokens, segments, at[:, None], c=c)[:, 0], Prompts(prompt, prompt_mask)
+
+
+def _empty(prompts: Prompts, *, slots: int, tokens: int) -> Int[Array, "S T"]:
+    """Room for the slots' own tokens."""
+    return jnp.zeros((slots, tokens), jnp.int32)
+
+
+def _insert(prompts: Prompts, some: Prompts, row: Int[Array, " R"]) -> Prompts:
+    """`prompts` with others, no longer ones, in these rows; what goes to a row that does not exist is dropped."""
+    more = prompts.prompt.shape[1] - some.prompt.shape[1]
+    return Prompts(
+        *(there.at[row].set(jnp.pad(x, ((0, 0), (more, 0))), mode="drop") for there, x in zip(prompts, some, strict=True))
+    )
+
+
+def _select(own: Int[Array, "S T"], index: Int[Array, " S"]) -> Int[Array, "S T"]:
+    return own[index]
 
 
 def _decode(
-    params: Params, token: Int[Array, "P G"], time: Int[Array, ""], cache: Cache, *, c: Context
-) -> tuple[Float[Array, "P G D"], Cache]:
-    """Writes token number `time` of every completion and reads all rows again."""
-    cache = cache._replace(own=jax.lax.dynamic_update_index_in_dim(cache.own, token, time, 2))
-    return _last(params, cache, time + 1, c=c), cache
+    params: Params,
+    token: Int[Array, "S M"],
+    prompts: Prompts,
+    own: Int[Array, "S T"],
+    root: Int[Array, " S"],
+    length: Int[Array, " S"],
+    live: Bool[Array, " S"],
+    *,
+    width: int,
+    c: Context,
+) -> tuple[Float[Array, "S M D"], Int[Array, "S T"]]:
+    """Writes every slot's next M tokens and reads its whole row again."""
+    place = length[:, None] + jnp.arange(token.shape[1], dtype=jnp.int32)[None]
+    own = own.at[jnp.arange(root.shape[0], dtype=jnp.int32)[:, None], place].set(token, mode="drop")
+    prompt, mask = (jnp.take(x, root, axis=0, mode="clip") for x in prompts)
+    tokens, segments = _rows(prompt, mask, own[:, None])
+    return _read(params, tokens, segments, prompt.shape[1] + place, c=c), own

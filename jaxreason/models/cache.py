@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxreason.models import attention, block
+from jaxreason import sharding
+from jaxreason.models import attention, block, slot_attention
 from jaxreason.models.block import Context
 from jaxreason.models.config import Stack, stacks
+from jaxreason.models.slot_attention import BLOCK, Read, Rows, Seats, Written
 from jaxreason.models.weights import Int8, LowRank, to_int8
 
 Params = Any
@@ -33,19 +35,24 @@ WHOLE = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values: the prompts' once per group, and each completion's own. An entry for each stack, with a layers' axis.
+class Prompts(NamedTuple):
+    """Keys and values of prompts, held once for all who read them. An entry for each stack, with a layers' axis.
 
     Unrolled, each layer is a stack of its own, without that axis. With latent attention the latents of one head are both keys
     and values, and values are None.
     """
 
-    prompt_k: tuple[Any, ...]  # each [(layers,) P, Tp, K, C]
-    prompt_v: tuple[Any, ...]
-    k: tuple[Any, ...]  # each [(layers,) P, G, K, T, C]
-    v: tuple[Any, ...]
-    prompt_mask: jax.Array  # [P, Tp]
-    prompt_length: jax.Array  # [P]
+    k: tuple[Any, ...]  # each [(layers,) P, K, C, Tp]
+    v: tuple[Any, ...]  # each [(layers,) P, K, Tp, C]
+    first: jax.Array  # [P], where each begins; all end together
+    length: jax.Array  # [P]
+
+
+class Own(NamedTuple):
+    """Keys and values of each slot's own tokens, as `Prompts` has them, but cut into blocks (slot_attention.py)."""
+
+    k: tuple[Any, ...]  # each [(layers,) S, K, n, C, B], n blocks of B places
+    v: tuple[Any, ...]  # each [(layers,) S, K, n, B, C]
 
 
 def prepare(params: Params, *, c: Context) -> Params:
@@ -103,25 +110,26 @@ def _runs(params: Params, c: Context) -> list[tuple[Stack, Any, Any]]:
 
 
 def prefill(
-    params: Params,
-    prompt: Int[Array, "P Tp"],
-    prompt_mask: Bool[Array, "P Tp"],
-    *,
-    group: int,
-    tokens: int,
-    c: Context,
-) -> tuple[Float[Array, "P D"], Cache]:
-    """Reads the prompts, padded on the left, once; opens an empty cache of `tokens` entries for each of `group` completions."""
+    params: Params, prompt: Int[Array, "P Tp"], prompt_mask: Bool[Array, "P Tp"], *, c: Context
+) -> tuple[Float[Array, "P D"], Prompts]:
+    """Reads the prompts, padded on the left, once: from what their first tokens are predicted, and what is kept of them."""
     axes = ("problems", None, None)
     rotations = block.rotations(jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0), c)
     segments = prompt_mask.astype(jnp.int32)
+    more = -prompt.shape[1] % BLOCK
+
+    def kept(x: jax.Array | None, order: tuple[int, ...]) -> Any:
+        if x is None:
+            return None
+        x = jnp.transpose(jnp.pad(x, ((0, 0), (more, 0), (0, 0), (0, 0))), order)
+        return c.constrain(x, ("problems", "kv_heads" if x.shape[1] > 1 else None, None, None))
 
     def layer(x: jax.Array, windowed: Any, weights: Params) -> tuple[jax.Array, tuple[Any, Any]]:
         x = c.constrain(x, axes)
         q, k, v = _inputs(weights, x, rotations.of(windowed), c)
         out = attention.row_attention(q, k, k if v is None else v, segments, law=block.law(windowed, c))
         x = x + block.attended(weights, _outputs(weights, out, c), c)
-        return x + block.mlp(weights, x, prompt_mask, c)[0], (k, v)
+        return x + block.mlp(weights, x, prompt_mask, c)[0], (kept(k, (0, 2, 3, 1)), kept(v, (0, 2, 1, 3)))
 
     x, keys, values = block.embed(params, prompt, axes, c), [], []
     for stack, weights, windowed in _runs(params, c):
@@ -131,16 +139,9 @@ def prefill(
             x, (k, v) = layer(x, windowed, weights)
         keys.append(k)
         values.append(v)
-
-    def empty(prompts: jax.Array) -> jax.Array:
-        *lead, problems, _, kv_heads, size = prompts.shape
-        axes = (*(None for _ in lead), "problems", None, "kv_heads" if kv_heads > 1 else None, None, None)
-        return c.constrain(jnp.zeros((*lead, problems, group, kv_heads, tokens, size), prompts.dtype), axes)
-
-    k, v = (jax.tree.map(empty, tuple(each)) for each in (keys, values))
     hidden = block.norm(x[:, -1], params["final_norm"], c)
     length = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-    return hidden, Cache(tuple(keys), tuple(values), k, v, prompt_mask, length)
+    return hidden, Prompts(tuple(keys), tuple(values), prompt.shape[1] + more - length, length)
 
 
 def _inputs(weights: Params, x: jax.Array, rotation: Any, c: Context) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -153,44 +154,138 @@ def _outputs(weights: Params, out: jax.Array, c: Context) -> jax.Array:
     return block.latent_out(weights, out, c) if c.architecture.latent.kv_rank else out
 
 
+def empty(prompts: Prompts, *, slots: int, tokens: int, c: Context) -> Own:
+    """Room for `tokens` tokens, or a few more, of each of `slots` completions of these prompts."""
+    blocks, size = (1, tokens) if tokens <= slot_attention.SHORT else (-(-tokens // BLOCK), BLOCK)
+
+    def room(x: jax.Array, *, axis: int) -> jax.Array:
+        *lead, _, kv_heads, _, _ = x.shape
+        last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
+        axes = (*(None for _ in lead), "problems", "kv_heads" if kv_heads > 1 else None, None, None, None)
+        return c.constrain(jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype), axes)
+
+    return Own(jax.tree.map(partial(room, axis=-1), prompts.k), jax.tree.map(partial(room, axis=-2), prompts.v))
+
+
+def insert(prompts: Prompts, some: Prompts, row: Int[Array, " R"]) -> Prompts:
+    """`prompts` with others, no longer ones, in these rows; what goes to a row that does not exist is dropped."""
+    more = _places(prompts) - _places(some)
+
+    def put(there: jax.Array, new: jax.Array, *, axis: int) -> jax.Array:
+        new = jnp.pad(new, [(more, 0) if each - new.ndim == axis else (0, 0) for each in range(new.ndim)])
+        return there.at[row].set(new, mode="drop") if new.ndim == 4 else there.at[:, row].set(new, mode="drop")
+
+    k = jax.tree.map(partial(put, axis=-1), prompts.k, some.k)
+    v = jax.tree.map(partial(put, axis=-2), prompts.v, some.v)
+    first, length = prompts.first.at[row].set(some.first + more, mode="drop"), prompts.length.at[row].set(some.length, mode="drop")
+    return Prompts(k, v, first, length)
+
+
+def _places(prompts: Prompts) -> int:
+    return prompts.k[0].shape[-1]
+
+
+def select(own: Own, index: Int[Array, " S"]) -> Own:
+    """Each slot with what slot `index` of it holds: forks and moves."""
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=x.ndim - 5, mode="clip"), own)
+
+
 def decode(
-    params: Params, token: Int[Array, "P G"], time: Int[Array, ""], cache: Cache, *, c: Context
-) -> tuple[Float[Array, "P G D"], Cache]:
-    """Feeds token number `time` of every completion; returns the hidden state that predicts the next."""
+    params: Params,
+    token: Int[Array, "S M"],
+    prompts: Prompts,
+    own: Own,
+    root: Int[Array, " S"],
+    length: Int[Array, " S"],
+    live: Bool[Array, " S"],
+    *,
+    width: int,
+    c: Context,
+) -> tuple[Float[Array, "S M D"], Own]:
+    """Feeds every slot its next M tokens, which follow its prompt `root` and `length` own ones; the hidden states after them.
+
+    Results of slots that are not live mean nothing, and what they write lies beyond their length. A prompt is read for up to
+    `width` of its slots together; width = 0 says that slots are [P, G] in order. A slot is on the device of its prompt.
+    """
+    place = length[:, None] + jnp.arange(token.shape[1], dtype=jnp.int32)[None]
+    rotations = block.rotations(jnp.take(prompts.length, root, mode="clip")[:, None] + place, c)
     axes = ("problems", None, None)
-    rotations = block.rotations(jnp.broadcast_to((cache.prompt_length + time)[:, None], token.shape), c)
+    rows = _rows(root, live, prompts=prompts.length.shape[0], width=width, c=c) if width else None
+    seats = Seats(length, live, rows)
 
-    def write(buffer: Any, new: Any, *lead: Any) -> Any:
-        if buffer is None:
-            return None
-        new = new[:, :, :, None].astype(buffer.dtype)[(None,) * len(lead)]
-        start = (jnp.asarray(i, jnp.int32) for i in (*lead, 0, 0, 0, time, 0))  # with float64 on, a plain 0 would be int64
-        return jax.lax.dynamic_update_slice(buffer, new, tuple(start))
-
-    def layer(x: jax.Array, k: Any, v: Any, prompt_k: Any, prompt_v: Any, windowed: Any, weights: Params, *number: Any) -> Any:
+    def layer(
+        x: jax.Array, k: Any, v: Any, prompt_k: Any, prompt_v: Any, windowed: Any, weights: Params, *number: Any
+    ) -> tuple[jax.Array, Any, Any]:
         x = c.constrain(x, axes)
         q, new_k, new_v = _inputs(weights, x, rotations.of(windowed), c)
-        k, v = write(k, new_k, *number), write(v, new_v, *number)
-        own_k: Any = k[number[0]] if number else k
-        own_v: Any = own_k if v is None else v[number[0]] if number else v
-        prompt_v = prompt_k if v is None else prompt_v
-        out = attention.decode_attention(q, own_k, own_v, prompt_k, prompt_v, cache.prompt_mask, time, law=block.law(windowed, c))
+        out, k, v = _attend(q, new_k, new_v, (k, v), (prompt_k, prompt_v), prompts.first, seats, windowed, *number, c=c)
         x = x + block.attended(weights, _outputs(weights, out, c), c)
         return x + block.mlp(weights, x, None, c)[0], k, v
 
     x, keys, values = block.embed(params, token, axes, c), [], []
-    entries = zip(cache.k, cache.v, cache.prompt_k, cache.prompt_v, strict=True)
+    entries = zip(own.k, own.v, prompts.k, prompts.v, strict=True)
     for (stack, weights, windowed), (k, v, prompt_k, prompt_v) in zip(_runs(params, c), entries, strict=True):
         if stack.count:
 
-            def step(carry: Any, windowed: Any, weights: Params, prompt_k: Any, prompt_v: Any, number: Any) -> tuple[Any, None]:
+            def step(carry: Any, windowed: Any, weights: Params, number: Any, at: Any = (prompt_k, prompt_v)) -> tuple[Any, None]:
                 x, k, v = carry
-                return layer(x, k, v, prompt_k, prompt_v, windowed, weights, number), None
+                return layer(x, k, v, *at, windowed, weights, number), None
 
             numbers = jnp.arange(stack.count, dtype=jnp.int32)
-            (x, k, v), _ = block.scan(step, (x, k, v), windowed, weights, prompt_k, prompt_v, numbers)
+            (x, k, v), _ = block.scan(step, (x, k, v), windowed, weights, numbers)
         else:
             x, k, v = layer(x, k, v, prompt_k, prompt_v, windowed, weights)
         keys.append(k)
         values.append(v)
-    return block.norm(x, params["final_norm"], c), cache._replace(k=tuple(keys), v=tuple(values))
+    return block.norm(x, params["final_norm"], c), Own(tuple(keys), tuple(values))
+
+
+SLOTS = sharding.partition(("problems",))
+
+
+def _rows(root: jax.Array, live: jax.Array, *, prompts: int, width: int, c: Context) -> Rows:
+    """The rows of each device's own slots, whose prompts it counts from its own first."""
+
+    def own(root: jax.Array, live: jax.Array) -> Rows:
+        return slot_attention.rows_of(root % (prompts // sharding.problem_shards(c.mesh)), live, width=width)
+
+    if c.mesh.size == 1:
+        return own(root, live)
+    return jax.shard_map(own, mesh=c.mesh, in_specs=(SLOTS, SLOTS), out_specs=SLOTS)(root, live)
+
+
+def _attend(
+    q: jax.Array,
+    new_k: jax.Array,
+    new_v: jax.Array | None,
+    own: tuple[Any, Any],
+    prompts: tuple[Any, Any],
+    first: jax.Array,
+    seats: Seats,
+    windowed: Any,
+    number: jax.Array | None = None,
+    *,
+    c: Context,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Writes the newest keys and values and attends to them and all before; each device for its own slots and heads."""
+    law = block.law(windowed, c)
+
+    def run(
+        q: Any, new_k: Any, new_v: Any, own: Any, prompts: Any, first: Any, seats: Seats, number: Any, window: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        kept = Written(own[0], own[1], number).write(new_k, new_v, seats.length)
+        told = law if window is None else law._replace(window=window)
+        return slot_attention.attend(q, kept, Read(prompts[0], prompts[1], number), first, seats, law=told), kept.k, kept.v
+
+    window = None if isinstance(law.window, int) else law.window
+    given = (q, new_k, new_v, own, prompts, first, seats, number, window)
+    if c.mesh.size == 1:
+        return run(*given)
+    kv_heads = "kv_heads" if new_k.shape[2] > 1 else None
+    new = sharding.partition(("problems", None, kv_heads, None))
+    lead = () if number is None else (None,)
+    kept = sharding.partition((*lead, "problems", kv_heads))
+    heads = sharding.partition(("problems", None, "heads", None))
+    whole = sharding.partition(())
+    specs = (heads, new, new, kept, kept, SLOTS, SLOTS, whole, whole)
+    return jax.shard_map(run, mesh=c.mesh, in_specs=specs, out_specs=(heads, kept, kept))(*given)

@@ -41,13 +41,26 @@ class Hidden(Protocol):
 
 
 class Prefill(Protocol):
-    def __call__(
-        self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, *, group: int, tokens: int
-    ) -> tuple[jax.Array, Any]: ...
+    def __call__(self, params: Params, prompt: jax.Array, prompt_mask: jax.Array) -> tuple[jax.Array, Any]: ...
+
+
+class Empty(Protocol):
+    def __call__(self, prompts: Any, *, slots: int, tokens: int) -> Any: ...
 
 
 class Decode(Protocol):
-    def __call__(self, params: Params, token: jax.Array, time: jax.Array, cache: Any) -> tuple[jax.Array, Any]: ...
+    def __call__(
+        self,
+        params: Params,
+        token: jax.Array,
+        prompts: Any,
+        own: Any,
+        root: jax.Array,
+        length: jax.Array,
+        live: jax.Array,
+        *,
+        width: int,
+    ) -> tuple[jax.Array, Any]: ...
 
 
 class Logprobs(Protocol):
@@ -63,8 +76,12 @@ class Model(NamedTuple):
     # params, prompt, prompt_mask, completion [P,G,T], mask -> [P,G,T,D], of the token *before*; and the load-balance loss
     forward: CompletionForward
     hidden: Hidden  # params, tokens [P,N], segments [P,N] (0: padding) -> [P,N,D], rows as they are
-    prefill: Prefill  # params, prompt, prompt_mask -> last hidden [P,D], cache
-    decode: Decode  # params, token [P,G], time [], cache -> hidden [P,G,D], cache
+    # sampling's side: see cache.py, of which `prompts` and `own` are anything that the three pass on
+    prefill: Prefill  # params, prompt, prompt_mask -> last hidden [P,D], prompts
+    insert: Callable[[Any, Any, jax.Array], Any]  # prompts, some, row [R] -> prompts, with some in these rows
+    empty: Empty  # prompts -> own, of slots
+    select: Callable[[Any, jax.Array], Any]  # own, index [S] -> own: each slot with what slot index[s] holds
+    decode: Decode  # params, token [S,M], prompts, own, root [S], length [S], live [S] -> hidden [S,M,D], own
     prepare_sampling: Callable[[Params], Params]  # params in the form that decoding reads fastest
     project: Callable[[Params, jax.Array], jax.Array]  # params, hidden [rows,D] -> logits [rows,V]
     numerics: Numerics
@@ -85,6 +102,9 @@ def make_decoder(architecture: Architecture, numerics: Numerics, mesh: Mesh, *, 
         forward=partial(_forward, c=c),
         hidden=partial(_hidden, c=c),
         prefill=partial(cache.prefill, c=c),
+        insert=cache.insert,
+        empty=partial(cache.empty, c=c),
+        select=cache.select,
         decode=partial(cache.decode, c=c),
         prepare_sampling=partial(cache.prepare, c=c),
         project=partial(block.project if head.kind == "lm" else block.scores, c=c),

@@ -59,9 +59,7 @@ def choose(implementation: str, *, platform: str, softcap: float = 0.0, dtype: s
         raise ValueError(f"{given}, which is not known: expected auto, {', '.join(PLATFORM)}")
     needed = PLATFORM[implementation]
     if needed not in (None, platform):
-        raise ValueError(
-            f"{given}, which runs on {needed}, and this is {platform}: choose xla, or auto for the best there is"
-        )
+        raise ValueError(f"{given}, which runs on {needed}, and this is {platform}: choose xla, or auto for the best there is")
     return implementation
 
 

@@ -1,13 +1,12 @@
-"""Completions of a batch of prompts in one traced loop: prefill once per prompt, decode until all have ended.
+"""Completions of a batch of prompts for training: every problem's group, in slots of the engine.
 
 Each completion's random numbers are folded from (seed, step, problem, child), so what it samples depends on nothing else in
-the batch. Log-probability and mask are recorded where the token is sampled. Deliberately absent: slots that are refilled,
-stop strings, top-k and top-p.
+the batch. Log-probability and mask are recorded where the token is sampled.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxreason.batch import PromptBatch
 from jaxreason.models.decoder import Model
-from jaxreason.numerics import at_least_float32
-from jaxreason.sampling import logits as laws
+from jaxreason.sampling import engine
+from jaxreason.sampling.engine import Queue, Rules
+from jaxreason.sampling.law import Law
 
 
 @dataclass(frozen=True)
@@ -59,74 +59,43 @@ def sample(
     eos_ids: tuple[int, ...],
     pad_id: int,
     temperature: float = 1.0,
+    law: Law | None = None,
+    slots: int = 0,
+    lanes: int = 1,
 ) -> Sampled:
-    """`group` completions of each prompt; without a key the greedy ones.
+    """`group` completions of each prompt, by softmax(logits / temperature) or another law; without a key greedy. To be traced.
 
-    Tokens after a completion's end are `pad_id` with mask False. The loop leaves as soon as every completion has ended.
+    Tokens after a completion's end are `pad_id` with mask False. With fewer `slots` than completions (0: as many) a slot
+    takes the next completion when its own has ended, and what comes out is the same. `lanes`: devices that problems are split over.
     """
-    tokens, problems = max_completion_tokens, prompts.prompt.shape[0]
+    problems, tokens = prompts.prompt.shape[0], max_completion_tokens
+    total = problems * group
+    law = Law(temperature=temperature) if law is None else law
+    rules = Rules(replace(law, greedy=True) if key is None else law, eos_ids, pad_id)
     params = model.prepare_sampling(params)
-    hidden, cache = model.prefill(params, prompts.prompt, prompts.prompt_mask, group=group, tokens=tokens)
-    hidden = jnp.broadcast_to(hidden[:, None], (problems, group, hidden.shape[-1]))
-    float_type = at_least_float32(hidden.dtype)
-    rows = problems * group
-    if key is None:
-        uniforms = jnp.zeros((tokens, rows), jnp.float32)
+    roots = engine.open(model, params, prompts.prompt, prompts.prompt_mask, rules=rules)
+    keys = completion_keys(jax.random.key(0) if key is None else key, prompts.problem, group=group).reshape(-1)
+    number = jnp.arange(total, dtype=jnp.int32)
+    if slots == 0 or slots >= total:
+        seated = engine.seat(model, roots, number // group, keys, tokens=tokens, rules=rules)
+        # the same numbers as those that were looked up, but where devices split the problems nothing is sent
+        hidden = jnp.broadcast_to(roots.hidden[:, None], (problems, group, roots.hidden.shape[1]))
+        seated = replace(seated, hidden=hidden.reshape(total, -1))
+        limit = jnp.full(total, tokens, jnp.int32)
+        record = engine.extend(model, params, roots, seated, rules=rules, limit=limit, width=0).record
     else:
-        keys = completion_keys(key, prompts.problem, group=group).reshape(-1)
-        uniforms = jax.vmap(lambda k: jax.random.uniform(k, (tokens,), jnp.float32), out_axes=1)(keys)
-
-    def choose(hidden: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = model.project(params, hidden.reshape(rows, -1)).astype(float_type)
-        if key is None:
-            token, logp = laws.greedy(scores / temperature)
-        else:
-            uniform = jax.lax.dynamic_index_in_dim(uniforms, time, keepdims=False)
-            token, logp = laws.categorical(scores / temperature, uniform)
-        return token.reshape(problems, group), logp.reshape(problems, group)
-
-    class Loop(NamedTuple):
-        time: jax.Array
-        hidden: jax.Array
-        cache: Any
-        done: jax.Array
-        completion: jax.Array
-        mask: jax.Array
-        logp: jax.Array
-
-    def running(loop: Loop) -> jax.Array:
-        return (loop.time < tokens) & ~jnp.all(loop.done)
-
-    def body(loop: Loop) -> Loop:
-        token, logp = choose(loop.hidden, loop.time)
-        token = jnp.where(loop.done, jnp.full_like(token, pad_id), token)
-        logp = jnp.where(loop.done, jnp.zeros_like(logp), logp)
-
-        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(buffer, new, loop.time, 0)
-
-        done = loop.done | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-        hidden, cache = model.decode(params, token, loop.time, loop.cache)
-        return Loop(
-            loop.time + 1,
-            hidden,
-            cache,
-            done,
-            write(loop.completion, token),
-            write(loop.mask, ~loop.done),
-            write(loop.logp, logp),
-        )
-
-    shape = (tokens, problems, group)
-    start = Loop(
-        jnp.zeros((), jnp.int32),
-        hidden,
-        cache,
-        jnp.zeros((problems, group), bool),
-        jnp.full(shape, pad_id, jnp.int32),
-        jnp.zeros(shape, bool),
-        jnp.zeros(shape, float_type),
+        first = jnp.arange(slots, dtype=jnp.int32)
+        root = first // (slots // lanes) * (problems // lanes)  # any prompt of the slot's device: the queue fills it
+        seated = engine.seat(model, roots, root, keys[:slots], tokens=tokens, rules=rules)
+        seated = engine.close(seated, jnp.ones(slots, bool))
+        lane = jnp.zeros(lanes, jnp.int32)
+        queue = Queue(keys, jnp.full(total, tokens, jnp.int32), lane, lane + total // lanes)
+        record = engine.blank(total, tokens, rules=rules, dtype=seated.record.logp.dtype)
+        _, record, _ = engine.drain(model, params, roots, seated, record, queue, rules=rules, group=group, width=min(group, 8))
+    shape = (problems, group)
+    return Sampled(
+        record.tokens.reshape(*shape, tokens),
+        record.mask.reshape(*shape, tokens),
+        record.logp.reshape(*shape, tokens),
+        (record.status == engine.LENGTH).reshape(shape),
     )
-    end = jax.lax.while_loop(running, body, start)
-    completion, mask, logp = (jnp.moveaxis(x, 0, -1) for x in (end.completion, end.mask, end.logp))
-    return Sampled(completion, mask, logp, ~end.done)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch, TrainState
+from jaxreason.compiling import compiled
 from jaxreason.data.batching import prompt_batch
 from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
@@ -42,7 +43,6 @@ from jaxreason.training.collect import (
     score_on_host,
     total_reward,
 )
-from jaxreason.training.compiling import compiled
 from jaxreason.training.evaluate import Evaluate, EvaluationConfig
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from jaxreason import sharding
 from jaxreason.batch import TrainState
+from jaxreason.compiling import compiled
 from jaxreason.models import spec
 from jaxreason.models.decoder import Model
-from jaxreason.training.compiling import compiled
 from jaxreason.training.optimizer import state_shardings
 
 

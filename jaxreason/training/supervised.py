@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxreason import objectives, sharding
 from jaxreason.batch import RolloutBatch, TrainState
+from jaxreason.compiling import compiled
 from jaxreason.data.batching import demonstration_batch
 from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
@@ -24,7 +25,6 @@ from jaxreason.tasks.task import Task
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.collect import placer
-from jaxreason.training.compiling import compiled
 from jaxreason.training.evaluate import Evaluate
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from jaxreason import config as schema
 from jaxreason.cli.main import main
+from jaxreason.pipelines import folder as folders
 
 TINY = ("--config", "quickstart:tiny")
 NAMES = ("train", "evaluate", "sample", "report", "export", "configs")
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
+def environment(one_device, tmp_path_factory) -> dict[str, str]:
     """One device, one cache of compiled programs, and nobody's home folder."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "FORCE_COLOR")}
-    cache = tmp_path_factory.getbasetemp() / "xla-1"  # shared with the other files that start processes of one device
-    return kept | {"JAX_COMPILATION_CACHE_DIR": str(cache), "COLUMNS": "100", "HOME": str(tmp_path_factory.mktemp("home"))}
+    kept = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
+    return kept | one_device | {"COLUMNS": "100", "HOME": str(tmp_path_factory.mktemp("home"))}
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,34 @@ def jaxreason(environment):
         assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
+
+    return run
+
+
+SEVERAL = """
+import contextlib, io, json, sys
+from jaxreason.cli.main import main
+ended = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    ended.append((words, code, out.getvalue(), err.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+@pytest.fixture(scope="session")
+def several(environment):
+    """Commands one after the other in one process, which takes a second to import what they need."""
+
+    def run(*commands: tuple[str | Path, ...], code: int = 0) -> list[subprocess.CompletedProcess[str]]:
+        words = json.dumps([list(map(str, command)) for command in commands])
+        done = subprocess.run([sys.executable, "-c", SEVERAL, words], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        ended = [subprocess.CompletedProcess(*each) for each in json.loads(done.stdout)]
+        assert [each.returncode for each in ended] == [code] * len(commands), ended
+        assert not any("Traceback" in each.stderr for each in ended)
+        return ended
 
     return run
 
@@ -132,20 +162,28 @@ def test_configs_and_a_reader_who_leaves(jaxreason, environment):
 # ---------------------------------------------------------------------------------------------------------------- train
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--config", "quikstart"], "--config is 'quikstart'"),
-        ([*TINY, "--config.online.stps=3"], "config.online has no key 'stps': did you mean 'steps'?"),
-        ([*TINY, "--config.online.steps=x"], "config.online.steps is 'x': expected a whole number"),
-        ([*TINY, "--config.mesh.tensor=2"], "config.mesh"),
-        ([*TINY, "--config.model.architecture.heads=3"], "config.model.architecture.kv_heads is 2"),
-        ([*TINY, "--processes", "2"], "--coordinator, --processes and --process go together"),
-    ],
-)
-def test_a_mistake_is_a_sentence_and_leaves_nothing_behind(jaxreason, tmp_path, words, says):
-    assert says in sentence(jaxreason("train", *words, "--workdir", tmp_path / "run", code=2))
-    assert not (tmp_path / "run" / "config.json").exists()
+MISTAKES = [
+    (["--config", "quikstart"], "--config is 'quikstart'"),
+    ([*TINY, "--config.online.stps=3"], "config.online has no key 'stps': did you mean 'steps'?"),
+    ([*TINY, "--config.online.steps=x"], "config.online.steps is 'x': expected a whole number"),
+    ([*TINY, "--config.mesh.tensor=2"], "config.mesh"),
+    ([*TINY, "--config.model.architecture.heads=3"], "config.model.architecture.kv_heads is 2"),
+    ([*TINY, "--processes", "2"], "--coordinator, --processes and --process go together"),
+]
+
+
+@pytest.fixture(scope="session")
+def mistaken(several, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("mistaken") / "run" for _ in MISTAKES]
+    commands = [("train", *words, "--workdir", folder) for (words, _), folder in zip(MISTAKES, folders, strict=True)]
+    return list(zip(several(*commands, code=2), folders, strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[says for _, says in MISTAKES])
+def test_a_mistake_is_a_sentence_and_leaves_nothing_behind(mistaken, number):
+    done, folder = mistaken[number]
+    assert MISTAKES[number][1] in sentence(done)
+    assert not (folder / "config.json").exists()
 
 
 def test_folders_that_are_not_this_run(jaxreason, finished, tmp_path):
@@ -155,6 +193,15 @@ def test_folders_that_are_not_this_run(jaxreason, finished, tmp_path):
     assert [entry.name for entry in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
     told = sentence(jaxreason("train", *TINY, "--workdir", finished, code=2))
     assert "config.seed = 5, and this one has 0" in told and "another --workdir" in told
+
+
+def test_a_run_leaves_finite_numbers_of_every_step_and_a_policy(finished):
+    logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(math.isfinite(value) for line in logged for value in line.values() if not isinstance(value, str))
+    assert [line["step"] for line in logged if line["stage"] == "reinforce" and "time/step" in line] == [1, 2]
+    summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
+    assert set(summary) >= {"before", "after", "seconds"} and (finished / "policy" / "model.safetensors").is_file()
+    assert folders.read_config(finished) == schema.load("quickstart:tiny", ["--config.seed=5"])
 
 
 def test_a_run_that_has_ended_is_shown_again(jaxreason, finished):
@@ -179,15 +226,17 @@ def test_a_folder_that_is_no_run(tmp_path, capsys, name):
     assert [entry.name for entry in tmp_path.rglob("*")] == ["empty"]
 
 
-def test_a_run_without_a_checkpoint_and_a_damaged_config(jaxreason, finished, tmp_path):
-    begun = tmp_path / "begun"
+def test_a_run_without_a_checkpoint_and_a_damaged_config(several, finished, tmp_path):
+    begun, damaged = tmp_path / "begun", tmp_path / "damaged"
     begun.mkdir()
     shutil.copy(finished / "config.json", begun)
     shutil.copytree(finished / "tokenizer", begun / "tokenizer")
-    assert f"'{begun}' has no checkpoint yet" in sentence(jaxreason("evaluate", begun, code=2))
-    (begun / "config.json").write_text('{"seed": 1')
-    assert "config.json is not valid JSON" in sentence(jaxreason("evaluate", begun, code=2))
-    assert "no run's config" in sentence(jaxreason("evaluate", finished / "policy", code=2))
+    shutil.copytree(begun, damaged)
+    (damaged / "config.json").write_text('{"seed": 1')
+    told = several(*(("evaluate", folder) for folder in (begun, damaged, finished / "policy")), code=2)
+    assert f"'{begun}' has no checkpoint yet" in sentence(told[0])
+    assert "config.json is not valid JSON" in sentence(told[1])
+    assert "no run's config" in sentence(told[2])
 
 
 def test_evaluate_prints_what_the_summary_says(jaxreason, finished):
@@ -201,14 +250,14 @@ def test_evaluate_prints_what_the_summary_says(jaxreason, finished):
 PROBLEM = "Tom has 7 pens. Triples them. Loses 8. How many?"
 
 
-def test_sample_one_problem(jaxreason, finished):
+def test_sample_one_problem(jaxreason, several, finished):
     words = ["sample", finished, "--n", "3", "--problem", PROBLEM]
     told = jaxreason(*words, "--answer", "13").stdout
     assert len(re.findall(r"accuracy [01]  format [01]  tokens \d+  ended by (?:eos|length)", told)) == 3
-    unscored = jaxreason(*words).stdout
+    unscored, other = (done.stdout for done in several(tuple(words), (*words, "--seed", "1")))
     assert unscored.count("format") == 3 and "accuracy" not in unscored
     assert re.sub(r"accuracy [01]  ", "", told) == unscored  # the same seed, the same completions
-    assert jaxreason(*words, "--seed", "1").stdout != unscored
+    assert other.count("format") == 3 and other != unscored
 
 
 def test_sample_problems_that_are_typed(jaxreason, finished):
@@ -231,23 +280,23 @@ def test_sample_mistakes(jaxreason, finished, capsys):
     assert "expected 1 to 24" in long and "max_prompt_tokens" in long
 
 
-def test_report_on_a_finished_and_an_unfinished_run(jaxreason, finished, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    (copy / "report.html").unlink()
-    assert str(copy / "report.html") in jaxreason("report", copy).stdout
-    assert "has not finished" not in (copy / "report.html").read_text(encoding="utf-8")
-    (copy / "summary.json").unlink()
-    jaxreason("report", copy)
-    assert "has not finished" in (copy / "report.html").read_text(encoding="utf-8")
+def test_report_on_a_finished_and_an_unfinished_run(several, finished, tmp_path):
+    ended, unfinished = tmp_path / "ended", tmp_path / "unfinished"
+    shutil.copytree(finished, ended)
+    (ended / "report.html").unlink()
+    shutil.copytree(finished, unfinished)  # with the finished run's report, which is written anew
+    (unfinished / "summary.json").unlink()
+    told, _ = several(("report", ended), ("report", unfinished))
+    assert str(ended / "report.html") in told.stdout
+    assert "has not finished" not in (ended / "report.html").read_text(encoding="utf-8")
+    assert "has not finished" in (unfinished / "report.html").read_text(encoding="utf-8")
 
 
-def test_export_does_not_replace_what_is_no_export(jaxreason, finished, tmp_path):
+def test_export_does_not_replace_what_is_no_export(jaxreason, several, finished, tmp_path):
     out = tmp_path / "out"
-    assert f"stage 'reinforce', step 2 -> {out}" in jaxreason("export", finished, out).stdout
-    weights = (out / "model.safetensors").read_bytes()
-    assert weights == (finished / "policy" / "model.safetensors").read_bytes()
-    jaxreason("export", finished, out)  # an earlier export is replaced
+    for done in several(("export", finished, out), ("export", finished, out)):  # an earlier export is replaced
+        assert f"stage 'reinforce', step 2 -> {out}" in done.stdout
+    assert (out / "model.safetensors").read_bytes() == (finished / "policy" / "model.safetensors").read_bytes()
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("...")

@@ -559,9 +559,8 @@ def test_mistakes_with_linen(unchecked: None) -> None:
 # ------------------------------------------------------------------------------------------------------------- example
 
 
-def test_the_example_learns() -> None:
-    flags = " ".join(f"--{name}={value}".lower() for name, value in QUICK.items())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+def test_the_example_learns(one_device: dict[str, str]) -> None:
+    environment = os.environ | one_device | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / "bring_your_own_model.py")]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert ended.returncode == 0, ended.stderr

@@ -140,7 +140,7 @@ def test_sampled_logp_is_the_trained_logp(layers: int, temperature: float) -> No
 
 
 def test_the_mask_ends_with_the_stop_token() -> None:
-    out = draw(make_policy(), make_prompts(7, 4, 1, 5))
+    out = draw(make_policy(), make_prompts(7, 4, 1, 5), group=8)
     ended = (out.completion == EOS).any(axis=-1)
     assert ended.any() and not ended.all()  # both kinds are here
     np.testing.assert_array_equal(out.truncated, ~ended)

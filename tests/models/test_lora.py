@@ -19,12 +19,12 @@ from safetensors.numpy import load_file
 
 from jaxreason import objectives, sharding
 from jaxreason.batch import RolloutBatch
+from jaxreason.compiling import compiled
 from jaxreason.models import decoder, huggingface, lora, spec
 from jaxreason.models.config import Numerics
 from jaxreason.models.lora import LoraConfig
 from jaxreason.numerics import token_logprobs
 from jaxreason.training import state as states
-from jaxreason.training.compiling import compiled
 from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
 from jaxreason.training.step import Split, make_update
 

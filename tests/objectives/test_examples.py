@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,20 @@ ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run(script: str, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture(scope="module")
+def run(one_device: dict[str, str]) -> Callable[..., str]:
+    def run(script: str, *arguments: str) -> str:
+        environment = os.environ | one_device | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, str(ROOT / script), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 @pytest.mark.parametrize("name", ["objective_in_your_loop", "objective_in_nnx"])
-def test_example_improves_its_reward_and_its_clip_has_work_to_do(name):
+def test_example_improves_its_reward_and_its_clip_has_work_to_do(run, name):
     out = run(f"examples/{name}.py").splitlines()
     before, after = (float(line.rsplit(" ", 1)[1]) for line in out if line.startswith("reward"))
     assert before < 0.3 < 0.8 < after
@@ -32,7 +36,7 @@ def test_example_improves_its_reward_and_its_clip_has_work_to_do(name):
         assert 0 < float(out[0].rsplit(" ", 1)[1]) < 0.5
 
 
-def test_the_table_of_coefficients_drops_the_tokens_behind_the_clip():
+def test_the_table_of_coefficients_drops_the_tokens_behind_the_clip(run):
     rows = [line.split() for line in run("examples/look_at_coefficients.py").splitlines()]
     rows = [row for row in rows if row and row[-1] in ("kept", "dropped", "masked")]
     assert len(rows) == 10
@@ -47,7 +51,7 @@ def test_the_table_of_coefficients_drops_the_tokens_behind_the_clip():
     assert [row[-1] for row in rows].count("dropped") == 2
 
 
-def test_the_figures_are_drawn(tmp_path):
+def test_the_figures_are_drawn(run, tmp_path):
     run("docs/figures/coefficients.py", "--out", str(tmp_path))
     for name in ("coefficients.png", "kl_pulls.png"):
         content = (tmp_path / name).read_bytes()
@@ -55,7 +59,7 @@ def test_the_figures_are_drawn(tmp_path):
         assert (ROOT / "docs" / name).is_file()
 
 
-def test_the_benchmark_compares_and_prints_one_json_line():
+def test_the_benchmark_compares_and_prints_one_json_line(run):
     sizes = ("--problems", "4", "--group", "2", "--tokens", "64", "--rounds", "1", "--calls", "1")
     (line,) = run("benchmarks/objectives.py", *sizes, "--only", "grpo", "gspo", "ppo").splitlines()
     out = json.loads(line)

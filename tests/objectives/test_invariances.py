@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -40,7 +40,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def batch_of(name: str) -> tuple[jax.Array, Signals]:
-    logp, signals = batch(group=2 if name.startswith("dpo") else 4)
+    return pairs_or_groups(2 if name.startswith("dpo") else 4)
+
+
+@cache
+def pairs_or_groups(group: int) -> tuple[jax.Array, Signals]:
+    logp, signals = batch(group=group)
     return jnp.asarray(logp), signals
 
 
@@ -53,6 +58,12 @@ def run(algorithm: Algorithm, logp: jax.Array, signals: Signals, prepared: Any =
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(logp)
     return value, gradient, aux
+
+
+@cache
+def untouched(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """What `run` gives for the batch itself, which most properties compare with."""
+    return run(CASES[name].algorithm, *batch_of(name))
 
 
 def same(a: Any, b: Any, *, tolerance: float = 1e-12) -> None:
@@ -70,23 +81,23 @@ def pad(tree: Any, width: tuple[tuple[int, int], ...]) -> Any:
 def test_what_masked_tokens_hold_is_invisible(name: str, junk: float):
     logp, signals = batch_of(name)
     bad = signals._replace(**{field: jnp.where(signals.mask, getattr(signals, field), junk) for field in PER_TOKEN})
-    clean, dirty = run(CASES[name].algorithm, logp, signals), run(CASES[name].algorithm, jnp.where(signals.mask, logp, junk), bad)
-    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    dirty = run(CASES[name].algorithm, jnp.where(signals.mask, logp, junk), bad)
+    jax.tree.map(np.testing.assert_array_equal, untouched(name), dirty)
     hidden = ~np.asarray(signals.mask)
     assert (np.asarray(dirty[1])[hidden] == 0).all() and (np.asarray(dirty[2]["coefficient"])[hidden] == 0).all()
 
 
 def test_a_wider_batch_and_empty_groups_change_nothing(name: str):
     logp, signals = batch_of(name)
-    loss, gradient, aux = run(CASES[name].algorithm, logp, signals)
-    for width in (((0, 0), (0, 0), (0, 3)), ((0, 2), (0, 0), (0, 0))):
-        # ones and not zeros, so that nothing is right by being 0
-        signals_padded = jax.tree.map(lambda x, w=width: jnp.pad(x, w[: x.ndim], constant_values=1), signals)
-        signals_padded = signals_padded._replace(mask=pad(signals.mask, width))
-        padded = run(CASES[name].algorithm, pad(logp, width), signals_padded)
-        same(padded[0], loss)
-        same(padded[1], pad(gradient, width))
-        same({k: v for k, v in padded[2].items() if k != "coefficient"}, {k: v for k, v in aux.items() if k != "coefficient"})
+    loss, gradient, aux = untouched(name)
+    width = ((0, 2), (0, 0), (0, 3))
+    # ones and not zeros, so that nothing is right by being 0
+    signals_padded = jax.tree.map(lambda x: jnp.pad(x, width[: x.ndim], constant_values=1), signals)
+    signals_padded = signals_padded._replace(mask=pad(signals.mask, width))
+    padded = run(CASES[name].algorithm, pad(logp, width), signals_padded)
+    same(padded[0], loss)
+    same(padded[1], pad(gradient, width))
+    same({k: v for k, v in padded[2].items() if k != "coefficient"}, {k: v for k, v in aux.items() if k != "coefficient"})
 
 
 # ------------------------------------------------- the order and the cut of a batch
@@ -97,7 +108,7 @@ def test_micro_batches_of_whole_groups_add_up(name: str):
     algorithm = CASES[name].algorithm
     advantage, weight = prepare(algorithm, signals)
     token_weight = weights.token_mean(signals.mask)
-    whole = run(algorithm, logp, signals)
+    whole = untouched(name)
     parts = []
     for i in range(P):
         x, s, a, w, tw = jax.tree.map(lambda x, i=i: x[i : i + 1], (logp, signals, advantage, weight, token_weight))
@@ -111,7 +122,7 @@ def test_micro_batches_of_whole_groups_add_up(name: str):
 
 def test_permuted_rows_and_groups_permute_the_gradient(name: str):
     logp, signals = batch_of(name)
-    loss, gradient, _ = run(CASES[name].algorithm, logp, signals)
+    loss, gradient, _ = untouched(name)
     problems = np.array([2, 0, 1])
     rows = np.arange(logp.shape[1]) if name.startswith("dpo") else np.array([2, 0, 3, 1])  # a pair has an order
     per_problem = {"greedy_reward"}
@@ -130,7 +141,7 @@ def test_packed_rows_are_the_same_completions(name: str):
     """All completions behind each other in one row, told apart by their segments; prepared before they are packed."""
     logp, signals = batch_of(name)
     prepared = prepare(CASES[name].algorithm, signals)
-    loss, gradient, aux = run(CASES[name].algorithm, logp, signals, prepared)
+    loss, gradient, aux = untouched(name)
     row = (1, 1, logp.size)
     segments = jnp.broadcast_to(jnp.arange(logp.size // T)[:, None], (logp.size // T, T)).reshape(row)
     per_token = {f: getattr(signals, f).reshape(row) for f in (*PER_TOKEN, "mask", "step_end")}
@@ -187,8 +198,8 @@ def test_vmap_is_a_loop(name: str):
     moved = jnp.stack([logp, logp + 0.1])
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), signals)
     got = jax.vmap(partial(run, CASES[name].algorithm))(moved, stacked)
-    for i in range(2):
-        same(jax.tree.map(lambda x, i=i: x[i], got), run(CASES[name].algorithm, moved[i], signals))
+    for i, expected in enumerate((untouched(name), run(CASES[name].algorithm, moved[1], signals))):
+        same(jax.tree.map(lambda x, i=i: x[i], got), expected)
 
 
 # ------------------------------------------------- rewards
@@ -357,7 +368,7 @@ def test_bfloat16_goes_in_and_float32_is_computed_with(name: str):
 
 
 def test_every_algorithm_reports_the_same_names():
-    names = {name: set(run(CASES[name].algorithm, *batch_of(name))[2]) for name in DEFAULT}
+    names = {name: set(untouched(name)[2]) for name in DEFAULT}
     expected = {
         "coefficient",
         *(f"policy/{n}" for n in ("objective", "ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "kl_ref")),

@@ -75,7 +75,6 @@ OVERRIDES = (
 def run(folder: Path, shape: Shape) -> Path:
     """Two supervised steps and two of reinforcement in a new process."""
     mesh = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -83,7 +82,6 @@ def run(folder: Path, shape: Shape) -> Path:
         "JAX_ENABLE_X64": "1",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "XLA_FLAGS": flags,  # the last two: quicker to compile
     }
     options = [f"--config.{each}" for each in (*OVERRIDES, *mesh)]
     command = [sys.executable, "-c", RUN, folder, str(np.prod(shape)), *options]

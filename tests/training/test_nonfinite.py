@@ -27,12 +27,11 @@ def saved(workdir: Path, stage: str) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints" / stage).iterdir())
 
 
-def test_a_loss_that_diverged_ends_the_command_with_3(tmp_path: Path) -> None:
+def test_a_loss_that_diverged_ends_the_command_with_3(one_device: dict[str, str], tmp_path: Path) -> None:
     """A learning rate of 1e15: the first step's loss is a number, the second's is none. Twice, as it is resumed alike."""
     options = ["--config.supervised.optimizer.learning_rate=1e15", "--config.checkpoint.every_steps=1", "--config.online.steps=0"]
     words = ["train", "--config", CONFIG, "--workdir", str(tmp_path / "run"), *options]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | one_device | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     for attempt in range(2):
         done = subprocess.run([sys.executable, "-m", "jaxreason", *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 3, done.stdout + done.stderr
@@ -85,6 +84,7 @@ def runs_done(workdir: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_a_reward_that_is_none_stops_before_its_step_is_saved(tmp_path: Path) -> None:
     options = ["--config.supervised.phases.base.steps=0", "--config.supervised.phases.cold_start.steps=0"]
     options += ["--config.checkpoint.every_steps=1", "--config.evaluation.every_steps=0", "--config.online.steps=5"]

@@ -8,6 +8,7 @@ little optimisation around them: sooner, and in half the memory, for 5 to 10 % o
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from typing import Any
 
@@ -29,4 +30,5 @@ def _cpu_options() -> dict[str, Any]:
     options: dict[str, Any] = {"xla_backend_optimization_level": 1}
     if jax.__version_info__ < (0, 11):
         options["xla_cpu_use_fusion_emitters"] = False  # later versions have no such switch, and need less without it
-    return options
+    given = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in given}  # what the user has set stays

@@ -1,0 +1,250 @@
+"""Times the engine on a random model of 4.2 million parameters (that of `grpo_step.py`). Prints one JSON line a workload.
+
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/sampling.py
+
+uniform: 8 prompts of 32 tokens, 8 completions of 64 each; beside transformers' generate where `--hf-python` is a Python with torch
+    and transformers (its script: peers/hf_generate.py), and with 64 different prompts.
+long_prompts: 8 prompts of 512 tokens, 8 completions of 32 each; beside the same with every prompt read 8 times.
+uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with mean 64, at most 512, in 32 slots that take the next
+    completion as they end and are compacted at the end; beside 8 batches of 32 that each wait for their longest. `ideal` is the
+    number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long.
+decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
+    does of either in a large product and in reading a large array.
+
+Ratios are of CPU seconds, medians of `--runs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxreason
+from jaxreason import sharding
+from jaxreason.batch import PromptBatch
+from jaxreason.compiling import compiled
+from jaxreason.models import decoder, spec
+from jaxreason.models.config import Architecture, Numerics
+from jaxreason.sampling import engine
+from jaxreason.sampling.engine import Queue, Rules
+from jaxreason.sampling.law import Law
+from jaxreason.sampling.rollout import sample
+
+VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP = 512, 256, 4, 4, 2, 1024
+RULES = Rules(Law(), (), 0)
+
+
+class Bench:
+    """The model, its parameters, and programs by name."""
+
+    def __init__(self, *, seed: int, runs: int, matmul: str) -> None:
+        sizes = {"hidden_size": WIDTH, "layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "mlp_size": MLP}
+        architecture = Architecture(vocab_size=VOCAB, head_size=WIDTH // HEADS, max_positions=1024, tied=False, **sizes)
+        self.mesh = sharding.make_mesh(sharding.MeshConfig())
+        self.model = decoder.make_decoder(architecture, Numerics(matmul_dtype=matmul), self.mesh)
+        self.params = spec.init(self.model.specs, jax.random.key(seed), dtype="float32", mesh=self.mesh)
+        self.runs, self.rng, self.programs = runs, np.random.default_rng(seed), {}
+
+    def run(self, name: Any, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
+        if name not in self.programs:
+            self.programs[name] = compiled(jax.jit(function, donate_argnums=donate), *args)
+        return self.programs[name](*args)
+
+    def cpu_seconds(self, function: Callable[[], Any]) -> float:
+        """The median of the runs, compiled before."""
+        jax.block_until_ready(function())
+        seconds = []
+        for _ in range(self.runs):
+            begun = time.process_time()
+            jax.block_until_ready(function())
+            seconds.append(time.process_time() - begun)
+        return statistics.median(seconds)
+
+    def prompts(self, count: int, tokens: int, *, copies: int = 1) -> PromptBatch:
+        ids = np.repeat(self.rng.integers(0, VOCAB, (count, tokens)).astype(np.int32), copies, axis=0)
+        number = np.arange(count * copies)
+        parts = (ids, np.ones(ids.shape, bool), number.astype(np.uint32), number.astype(np.int32))
+        return PromptBatch(*(jnp.asarray(part) for part in parts))
+
+    def rollout(self, name: str, prompts: PromptBatch, *, group: int, tokens: int) -> float:
+        """CPU seconds of completions of one length, all in slots of their own."""
+        fixed: Any = {"group": group, "max_completion_tokens": tokens, "eos_ids": (), "pad_id": 0}
+        run = partial(sample, self.model, **fixed)
+        return self.cpu_seconds(lambda: self.run(name, run, self.params, prompts, jax.random.key(1)))
+
+
+def uniform(b: Bench, hf_python: str) -> dict[str, Any]:
+    shared = b.rollout("shared", b.prompts(8, 32), group=8, tokens=64)
+    alone = b.rollout("alone", b.prompts(64, 32), group=1, tokens=64)
+    out = {"cpu_s": shared, "tokens_per_cpu_s": 4096 / shared, "cpu_s_64_prompts": alone}
+    if hf_python:
+        script = Path(__file__).parent / "peers" / "hf_generate.py"
+        done = subprocess.run([hf_python, script, "--threads", "1"], capture_output=True, text=True, env=dict(os.environ))
+        if done.returncode:
+            raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
+        peer = json.loads(done.stdout.strip().splitlines()[-1])
+        out |= {"transformers_cpu_s": peer["cpu_s_median"], "ratio": shared / peer["cpu_s_median"]}
+        out |= {"ratio_64_prompts": alone / peer["cpu_s_median"], "transformers": peer["transformers"], "torch": peer["torch"]}
+    return out
+
+
+def long_prompts(b: Bench) -> dict[str, Any]:
+    shared = b.rollout("long shared", b.prompts(8, 512), group=8, tokens=32)
+    copies = b.rollout("long copies", b.prompts(8, 512, copies=8), group=1, tokens=32)
+    return {"cpu_s": shared, "cpu_s_each_copy": copies, "faster": copies / shared}
+
+
+class Uneven:
+    """256 completions of 32 prompts in 32 slots."""
+
+    problems, group, slots, tokens = 32, 8, 32, 512
+
+    def __init__(self, b: Bench) -> None:
+        self.b, self.batch = b, b.prompts(self.problems, 32)
+        self.total = self.problems * self.group
+        self.keys = jax.random.split(jax.random.key(1), self.total)
+
+    def roots(self, problems: slice) -> Any:
+        b, m = self.b, self.b.model
+
+        def run(params: Any, prompt: Any, mask: Any) -> Any:
+            params = m.prepare_sampling(params)
+            return params, engine.open(m, params, prompt, mask, rules=RULES)
+
+        prompt, mask = self.batch.prompt[problems], self.batch.prompt_mask[problems]
+        return b.run(("roots", len(prompt)), run, b.params, prompt, mask)
+
+    def refilled(self, lengths: jax.Array, tokens: int) -> Any:
+        """All completions through the slots."""
+        b, m = self.b, self.b.model
+        params, roots = self.roots(slice(None))
+
+        def begin(roots: Any, keys: Any, lengths: Any) -> Any:
+            first = jnp.arange(self.slots, dtype=jnp.int32)
+            slots = engine.seat(m, roots, first // self.group, keys[: self.slots], tokens=tokens, rules=RULES)
+            lane = jnp.zeros(1, jnp.int32)
+            queue = Queue(keys, lengths, lane, lane + self.total)
+            record = engine.blank(self.total, tokens, rules=RULES, dtype=jnp.float32)
+            return engine.close(slots, jnp.ones(self.slots, bool)), record, queue
+
+        def grow(params: Any, roots: Any, slots: Any, record: Any, queue: Any, least: Any) -> Any:
+            fixed: Any = {"rules": RULES, "group": self.group, "least": least, "width": self.group}
+            return engine.drain(m, params, roots, slots, record, queue, **fixed)
+
+        state = b.run(("begin", tokens), begin, roots, self.keys, lengths)
+        sizes = engine.buckets(self.slots)
+        for size, following in zip(sizes, (*sizes[1:], 0), strict=True):
+            least = np.int32(following)
+            state = b.run(("grow", size, tokens), grow, params, roots, *state, least, donate=(2, 3, 4))
+            if following:
+                moved = partial(engine.compact, m, slots_left=following)
+                state = (b.run(("compact", following, tokens), moved, state[0]), *state[1:])
+        return state[1].tokens
+
+    def batches(self, lengths: jax.Array) -> Any:
+        """The same completions in batches that wait for their longest."""
+        b, m, made = self.b, self.b.model, []
+
+        def run(params: Any, roots: Any, keys: Any, lengths: Any) -> Any:
+            number = jnp.arange(self.slots, dtype=jnp.int32)
+            slots = engine.seat(m, roots, number // self.group, keys, tokens=self.tokens, rules=RULES)
+            return engine.extend(m, params, roots, slots, rules=RULES, limit=lengths, width=0).record.tokens
+
+        for start in range(0, self.total, self.slots):
+            params, roots = self.roots(slice(start // self.group, (start + self.slots) // self.group))
+            some = slice(start, start + self.slots)
+            made.append(b.run("batch", run, params, roots, self.keys[some], lengths[some]))
+        return jnp.concatenate(made)
+
+
+def uneven(b: Bench) -> dict[str, Any]:
+    work = Uneven(b)
+    drawn = np.minimum(b.rng.geometric(1 / 64, size=work.total), work.tokens).astype(np.int32)
+    lengths, even = jnp.asarray(drawn), jnp.full(work.total, 64, jnp.int32)
+    same = bool(jnp.all(work.refilled(lengths, work.tokens) == work.batches(lengths)))
+    ours = b.cpu_seconds(lambda: work.refilled(lengths, work.tokens))
+    waiting = b.cpu_seconds(lambda: work.batches(lengths))
+    best = work.total * 64 / min(b.cpu_seconds(partial(work.refilled, even, t)) for t in (64, work.tokens))
+    ideal = int(drawn.sum()) / best
+    out = {"tokens": int(drawn.sum()), "longest": int(drawn.max()), "cpu_s": ours, "cpu_s_without_refill": waiting, "same": same}
+    return out | {"faster": waiting / ours, "best_tokens_per_cpu_s": best, "ideal_cpu_s": ideal, "over_ideal": ours / ideal}
+
+
+def decode(b: Bench) -> dict[str, Any]:
+    slots, length, steps = 64, 64, 32
+    m, prompts = b.model, b.prompts(8, 32)
+
+    def begin(params: Any) -> Any:
+        params = m.prepare_sampling(params)
+        roots = engine.open(m, params, prompts.prompt, prompts.prompt_mask, rules=RULES)
+        return params, roots.prompts, m.empty(roots.prompts, slots=slots, tokens=128)
+
+    def run(params: Any, prompts: Any, own: Any) -> Any:
+        number = jnp.arange(slots, dtype=jnp.int32)
+
+        def one(i: Any, carry: Any) -> Any:
+            token, own = carry
+            args = (params, token, prompts, own, number // 8, jnp.full(slots, length, jnp.int32), jnp.ones(slots, bool))
+            hidden, own = m.decode(*args, width=0)
+            return jnp.argmax(m.project(params, hidden[:, 0]), axis=-1).astype(jnp.int32)[:, None], own
+
+        return jax.lax.fori_loop(0, steps, one, (jnp.zeros((slots, 1), jnp.int32), own))[0]
+
+    given = b.run("decode begin", begin, b.params)
+    seconds = b.cpu_seconds(lambda: b.run("decode", run, *given)) / steps
+    matrices = sum(x.size for x in jax.tree.leaves(b.params) if x.ndim > 1) - VOCAB * WIDTH  # the embedding is looked up
+    keys = slots * (length + 1) + 8 * 32  # own ones, and the prompts' once
+    flops = 2 * slots * matrices + 4 * slots * (length + 1 + 32) * HEADS * (WIDTH // HEADS) * LAYERS
+    read = 4 * (matrices + keys * 2 * KV_HEADS * (WIDTH // HEADS) * LAYERS)
+    size = 2048
+    big = jnp.ones((size, size))
+    multiply = b.cpu_seconds(lambda: b.run("multiply", lambda x: x @ x, big))
+    long = jnp.ones(2**26)
+    summed = b.cpu_seconds(lambda: b.run("sum", jnp.sum, long))
+    rate, bandwidth = 2 * size**3 / multiply, long.nbytes / summed
+    least = max(flops / rate, read / bandwidth)
+    return {
+        "cpu_s_a_step": seconds, "gflop": flops / 1e9, "megabytes": read / 1e6, "gflop_per_s_of_a_product": rate / 1e9,
+        "gigabytes_per_s_of_reading": bandwidth / 1e9, "s_if_only_products": flops / rate, "s_if_only_reading": read / bandwidth,
+        "fraction_reached": least / seconds,
+    }  # fmt: skip
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", choices=("uniform", "long_prompts", "uneven", "decode"), help="one workload")
+    p.add_argument("--hf-python", default="", help="a Python with torch and transformers")
+    p.add_argument("--matmul", choices=("float32", "bfloat16"), default="float32", help="operands of products, keys and values")
+    p.add_argument("--runs", type=int, default=5)
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    workloads = {
+        "uniform": partial(uniform, hf_python=a.hf_python), "long_prompts": long_prompts, "uneven": uneven, "decode": decode
+    }  # fmt: skip
+    device = jax.devices()[0]
+    versions = {"jaxreason": jaxreason.__version__, "jax": jax.__version__, "python": platform.python_version()}
+    for name, workload in workloads.items():
+        if a.only in (None, name):
+            out = workload(Bench(seed=a.seed, runs=a.runs, matmul=a.matmul))
+            out = {key: round(value, 4) if isinstance(value, float) else value for key, value in out.items()}
+            kind = device.device_kind if device.platform != "cpu" else "cpu"
+            print(json.dumps({"bench": f"sampling/{name}", **out, "matmul": a.matmul, "device": kind, "versions": versions}))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

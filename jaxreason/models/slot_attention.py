@@ -1,0 +1,307 @@
+"""Attention when decoding: the newest tokens of every slot over its prompt and its own past.
+
+A prompt's keys and values are held once and read by all of its slots. Own ones lie in a row per slot, of which each has filled
+as much as it has tokens. Both are read in one of two forms, which merge as softmaxes over parts do (arXiv:2205.14135, section 3.1):
+`whole` reads rows from end to end, which is best when they are short or all full; `blocks` lists the blocks of rows that
+hold anything for a live slot, and goes through that list some at a time, so that its work is the sum of the lengths, not
+slots x the longest. Deliberately absent: kernels, of which a slot's row of blocks is a page table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxreason.models.attention import Law, softcap
+from jaxreason.numerics import at_least_float32
+
+BLOCK = 32  # keys in a block; rows that are read in blocks are multiples of it
+TOGETHER = 64  # (slot, block) pairs that are read at once, where there are slots enough
+SHORT = 128  # own rows up to this long are read whole
+
+
+class Rows(NamedTuple):
+    """Slots with one prompt, some to a row, so that they read a block of it together."""
+
+    slot: Int[Array, "S W"]  # S where there is none
+    root: Int[Array, " S"]  # the row's prompt
+    count: Int[Array, " 1"]  # rows in use, the first ones
+
+
+class Seats(NamedTuple):
+    """Where the slots are: how far they have come, and who reads which prompt."""
+
+    length: Int[Array, " S"]  # own tokens before the newest ones
+    live: Bool[Array, " S"]  # others are not read for, where that saves work
+    rows: Rows | None  # None: slots [P, G] in order, every prompt with as many
+
+
+class Read(NamedTuple):
+    """Keys and values of prompts: [P, K, C, Tp] and [P, K, Tp, C]; or of all layers, [L, P, ...], and one's number.
+
+    Each lies as its product reads it fastest. Without values the keys are those too.
+    """
+
+    k: jax.Array
+    v: jax.Array | None
+    number: jax.Array | None = None
+
+    def whole(self) -> tuple[jax.Array, jax.Array]:
+        """The layer's keys and values."""
+        return _both(self.k, self.v, lambda x, _: x if self.number is None else x[self.number])
+
+    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [N, K, C, B] and values [N, K, B, C] of each of N (row, block)."""
+
+        def read(x: jax.Array, axis: int) -> jax.Array:
+            cut = x.ndim + axis
+            x = x.reshape(*x.shape[:cut], -1, BLOCK, *x.shape[cut + 1 :])
+            at = (row, slice(None), *([slice(None)] if axis == -1 else []), block)
+            return x[at] if self.number is None else x[(jnp.broadcast_to(self.number, row.shape), *at)]
+
+        return _both(self.k, self.v, read)
+
+
+class Written(NamedTuple):
+    """The same of slots' own tokens, block by block: [S, K, n, C, B] and [S, K, n, B, C]; one block where rows are short."""
+
+    k: jax.Array
+    v: jax.Array | None
+    number: jax.Array | None = None
+
+    @property
+    def places(self) -> int:
+        return self.k.shape[-1] * self.k.shape[-3]
+
+    def whole(self) -> tuple[jax.Array, jax.Array]:
+        """The layer's keys and values, of rows of one block."""
+        return _both(self.k, self.v, lambda x, _: x[:, :, 0] if self.number is None else x[self.number, :, :, 0])
+
+    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [N, K, C, B] and values [N, K, B, C] of each of N (row, block)."""
+
+        def read(x: jax.Array, _: int) -> jax.Array:
+            at = (row, slice(None), block)
+            return x[at] if self.number is None else x[(jnp.broadcast_to(self.number, row.shape), *at)]
+
+        return _both(self.k, self.v, read)
+
+    def write(self, k: Float[Array, "S M K C"], v: Float[Array, "S M K Cv"] | None, start: Int[Array, " S"]) -> Written:
+        """With the newest tokens' from each row's place `start` on; what falls beyond a row's end is dropped."""
+        row = jnp.arange(start.shape[0], dtype=jnp.int32)[:, None]
+        place = start[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+        size, every = self.k.shape[-1], slice(None)
+        block, within = place // size, place % size
+
+        def scattered(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
+            at: Any = (row, every, block, every, within) if is_key else (row, every, block, within)
+            at = at if self.number is None else (jnp.broadcast_to(self.number, row.shape), *at)
+            return buffer.at[at].set(new, mode="drop")
+
+        def in_turn(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
+            def one(i: jax.Array, buffer: jax.Array) -> jax.Array:
+                zero, lead = jnp.int32(0), () if self.number is None else (self.number,)
+                at = (*lead, i, zero, block[i, 0], *((zero, within[i, 0]) if is_key else (within[i, 0], zero)))
+                own = jax.lax.dynamic_index_in_dim(new, i, keepdims=False)[0]  # [K, C]
+                own = own[:, None, :, None] if is_key else own[:, None, None, :]
+                return jax.lax.dynamic_update_slice(buffer, own.reshape(*(1 for _ in lead), 1, *own.shape), at)
+
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(start.shape[0]), one, buffer)
+
+        def into(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
+            new = new.astype(buffer.dtype)
+            default = partial(scattered, is_key=is_key)
+            if new.shape[1] > 1:
+                return default(buffer, new)
+            # XLA's CPU backend takes three times as long for a scatter
+            return jax.lax.platform_dependent(buffer, new, cpu=partial(in_turn, is_key=is_key), default=default)
+
+        values = None if v is None or self.v is None else into(self.v, v, is_key=False)
+        return Written(into(self.k, k, is_key=True), values, self.number)
+
+
+def _both(k: jax.Array, v: jax.Array | None, read: Callable[[jax.Array, int], jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`read(x, axis)` of keys and of values, which have their places on this axis."""
+    keys = read(k, -1)
+    return keys, jnp.swapaxes(keys, -2, -1) if v is None else read(v, -2)
+
+
+def rows_of(root: Int[Array, " S"], live: Bool[Array, " S"], *, width: int) -> Rows:
+    """Live slots in rows of at most `width` with one prompt."""
+    slots = root.shape[0]
+    number = jnp.arange(slots, dtype=jnp.int32)
+    group, order = jax.lax.sort((jnp.where(live, root, jnp.int32(2**31 - 1)), number), num_keys=1)
+    real = group < 2**31 - 1
+    new = group != jnp.pad(group, (1, 0), constant_values=-1)[:-1]
+    place = number - jax.lax.cummax(jnp.where(new, number, jnp.zeros_like(number)))
+    opens = (place % width == 0) & real
+    row = jnp.cumsum(opens, dtype=jnp.int32) - 1
+    # by comparing everyone with everyone: scatters of single numbers are slow, on CPUs most of all
+    here = (row[None] == number[:, None]) & real[None]  # [row, slot in order]
+    at = here[:, None] & ((place % width)[None, None] == jnp.arange(width, dtype=jnp.int32)[None, :, None])
+    slot = jnp.min(jnp.where(at, order[None, None], slots), axis=2)
+    of_row = jnp.max(jnp.where(here, group[None], 0), axis=1)
+    return Rows(slot, of_row, jnp.sum(opens, dtype=jnp.int32)[None])
+
+
+class Part(NamedTuple):
+    """A softmax over some of the keys: the largest score, the sum of exp(score - largest), and the values so weighted."""
+
+    top: Float[Array, "S K q"]
+    total: Float[Array, "S K q"]
+    out: Float[Array, "S K q Cv"]
+
+
+def attend(
+    q: Float[Array, "S M H C"], own: Written, prompts: Read, first: Int[Array, " P"], seats: Seats, *, law: Law
+) -> Float[Array, "S M H Cv"]:
+    """softmax(scale q k) v over the prompt and own tokens, the M newest of which stand at `length` on and are in `own`.
+
+    `first` is the first real place of each prompt, which ends where own tokens begin.
+    """
+    slots, newest, heads, size = q.shape
+    kv_heads, before = prompts.k.shape[-3], prompts.k.shape[-1]
+    q = (q * law.scale).reshape(slots, newest, kv_heads, -1, size)
+    q = jnp.moveaxis(q, 2, 1).reshape(slots, kv_heads, -1, size)  # [S, K, M r, C]
+    position = seats.length[:, None] + jnp.arange(newest, dtype=jnp.int32)[None]  # [S, M], in own tokens
+
+    def of_prompt(slot_position: jax.Array, first: jax.Array, key: jax.Array) -> jax.Array:
+        return (key >= first) & _in_window(slot_position + before - key, law)
+
+    def of_own(slot_position: jax.Array, first: jax.Array, key: jax.Array) -> jax.Array:
+        return (key <= slot_position) & _in_window(slot_position - key, law)
+
+    if seats.rows is None:
+        prompt = _whole(q, *prompts.whole(), position, first, of_prompt, law)
+    else:
+        rows = seats.rows
+        begin = first[rows.root] // BLOCK
+        used = jnp.arange(slots, dtype=jnp.int32) < rows.count[0]
+        listed = _Listed(rows.slot, rows.root, begin, jnp.where(used, before // BLOCK - begin, 0))
+        prompt = _blocks(_nothing(q, prompts), q, prompts, position, first[rows.root], listed, of_prompt, law)
+    if own.places <= SHORT:
+        part = _merge(prompt, _whole(q, *own.whole(), position, jnp.zeros_like(seats.length), of_own, law))
+    else:
+        number = jnp.arange(slots, dtype=jnp.int32)
+        count = jnp.where(seats.live, (seats.length + newest + BLOCK - 1) // BLOCK, 0)
+        listed = _Listed(number[:, None], number, jnp.zeros_like(number), count)
+        part = _blocks(prompt, q, own, position, jnp.zeros_like(number), listed, of_own, law)
+    out = part.out / jnp.where(part.total > 0, part.total, jnp.ones_like(part.total))[..., None]
+    out = jnp.moveaxis(out.reshape(slots, kv_heads, newest, heads // kv_heads, -1), 1, 2)
+    return out.reshape(slots, newest, heads, -1)
+
+
+def _in_window(distance: jax.Array, law: Law) -> jax.Array:
+    return jnp.ones_like(distance, bool) if isinstance(law.window, int) and law.window == 0 else distance < law.window
+
+
+def _nothing(q: jax.Array, kept: Read) -> Part:
+    kind, size = at_least_float32(q.dtype), kept.k.shape[-2] if kept.v is None else kept.v.shape[-1]
+    # made of q, so that under shard_map they differ between devices as a loop's results do
+    zero = (q[..., 0] * 0).astype(kind)
+    return Part(zero + _lowest(kind), zero, jnp.zeros((*q.shape[:3], size), kind) + zero[..., None])
+
+
+def _lowest(kind: Any) -> Any:
+    return jnp.finfo(kind).min / 2  # finite: a difference of two is a number
+
+
+def _merge(a: Part, b: Part) -> Part:
+    top = jnp.maximum(a.top, b.top)
+    of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    return Part(top, a.total * of_a + b.total * of_b, a.out * of_a[..., None] + b.out * of_b[..., None])
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=at_least_float32(a.dtype))
+
+
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, first: jax.Array, allowed: Any, law: Law) -> Part:
+    """Rows, [R, K, C, N] and [R, K, N, C], from end to end, each for as many slots in order as there are to a row."""
+    slots, kv_heads, queries, size = q.shape
+    rows, together, newest = k.shape[0], slots // k.shape[0], position.shape[1]
+    grouped = jnp.swapaxes(q.reshape(rows, together, kv_heads, queries, size), 1, 2).reshape(rows, kv_heads, -1, size)
+    scores = softcap(_dot("skqc,skcn->skqn", grouped, k), law.softcap)
+    scores = scores.reshape(rows, kv_heads, together, newest, -1, k.shape[3])
+    key = jnp.arange(k.shape[3], dtype=jnp.int32)
+    seen = allowed(position.reshape(rows, together, newest, 1), first[:, None, None, None], key[None, None, None])
+    scores = jnp.where(seen[:, None, :, :, None], scores, jnp.full_like(scores, _lowest(scores.dtype)))
+    top = jnp.max(scores, axis=-1)
+    e = jnp.exp(scores - top[..., None])
+    out = _dot("skqn,sknc->skqc", e.astype(v.dtype).reshape(*grouped.shape[:3], -1), v)
+
+    def apart(x: jax.Array) -> jax.Array:
+        x = x.reshape(rows, kv_heads, together, queries, *x.shape[3:])
+        return jnp.swapaxes(x, 1, 2).reshape(slots, kv_heads, queries, *x.shape[4:])
+
+    flat = (rows, kv_heads, together * queries)
+    return Part(apart(top.reshape(flat)), apart(jnp.sum(e, axis=-1).reshape(flat)), apart(out))
+
+
+class _Listed(NamedTuple):
+    """Rows of blocks and who reads them."""
+
+    slot: jax.Array  # [R, W]; as many as there are slots: nobody
+    row: jax.Array  # [R], of the keys
+    begin: jax.Array  # [R], its first block
+    count: jax.Array  # [R], its blocks
+
+
+def _blocks(
+    part: Part,
+    q: jax.Array,
+    kept: Read | Written,
+    position: jax.Array,
+    first: jax.Array,
+    listed: _Listed,
+    allowed: Any,
+    law: Law,
+) -> Part:
+    """Adds the blocks that are listed, `TOGETHER` reads at a time; `first` is of the listed rows."""
+    slots, kv_heads, queries, size = q.shape
+    width, newest = listed.slot.shape[1], position.shape[1]
+    together = max(1, min(TOGETHER, 2 * slots) // width)
+    end = jnp.cumsum(listed.count)
+    everyone = jnp.arange(slots, dtype=jnp.int32)
+
+    def some(i: jax.Array, part: Part) -> Part:
+        item = i * together + jnp.arange(together, dtype=jnp.int32)
+        which = jnp.sum(end[None] <= item[:, None], axis=1, dtype=jnp.int32)
+        inside = which < end.shape[0]
+        which = jnp.minimum(which, end.shape[0] - 1)
+        block = item - (end - listed.count)[which] + listed.begin[which]
+        slot = jnp.where(inside[:, None], listed.slot[which], slots)  # [N, W]
+        # a slot has at most one place in a row, so sums over places are sums of what was read
+        hot = slot.reshape(-1)[:, None] == everyone[None]  # [N W, S]
+        block = jnp.where(inside, block, 0)
+        keys, values = kept.blocks(listed.row[which], block)
+        near = jnp.minimum(slot, slots - 1)
+        asked = jnp.swapaxes(q[near], 1, 2).reshape(together, kv_heads, -1, size)  # [N, K, W q, C]
+        scores = softcap(_dot("nkqc,nkcb->nkqb", asked, keys), law.softcap)
+        scores = scores.reshape(together, kv_heads, width, newest, -1, BLOCK)
+        key = (block * BLOCK)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+        seen = allowed(position[near][..., None], first[which][:, None, None, None], key[:, None, None])
+        seen = seen & (slot < slots)[:, :, None, None]  # nobody's scores are against another's top, and may be infinite
+        scores = jnp.where(seen[:, None, :, :, None], scores, jnp.full_like(scores, _lowest(scores.dtype)))
+        scores = scores.reshape(together, kv_heads, width, queries, BLOCK)
+        read = jnp.swapaxes(jnp.max(scores, axis=-1), 1, 2).reshape(-1, kv_heads, queries)  # [N W, K, q]
+        lowest = jnp.full_like(read, _lowest(read.dtype))[:, None]
+        top = jnp.maximum(part.top, jnp.max(jnp.where(hot[:, :, None, None], read[:, None], lowest), axis=0))
+        e = jnp.exp(scores - jnp.swapaxes(top[near], 1, 2)[..., None])
+        out = _dot("nkqb,nkbc->nkqc", e.astype(values.dtype).reshape(*asked.shape[:3], BLOCK), values)
+        out = jnp.swapaxes(out.reshape(together, kv_heads, width, queries, -1), 1, 2).reshape(*read.shape, -1)
+        total = jnp.swapaxes(jnp.sum(e, axis=-1), 1, 2).reshape(read.shape)
+        shrunk, to = jnp.exp(part.top - top), hot.astype(total.dtype)
+        add = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        return Part(
+            top,
+            part.total * shrunk + add("is,ikq->skq", to, total),
+            part.out * shrunk[..., None] + add("is,ikqc->skqc", to, out),
+        )
+
+    return jax.lax.fori_loop(jnp.int32(0), (end[-1] + together - 1) // together, some, part)

@@ -1,0 +1,418 @@
+"""The engine: completions in slots, grown a token at a time on the device, for RL and for search.
+
+A slot is a completion in the making: whose prompt it follows, its own tokens' keys and values, what its next token is predicted
+from, and its key. `open` reads prompts, once each; `fork` copies slots; `extend` chooses tokens until each slot stops; `append`
+feeds tokens that nobody chose; `close` frees. `drain` is `extend` with a queue behind it: a slot that stops takes the next
+completion in the same loop. All are pure functions of arrays, to be traced into a larger program or called by generate.py, which
+holds them compiled. What a slot samples depends on its key and its tokens, not on its place or its neighbours.
+
+Between any two verbs: `own` holds keys and values of all of a slot's `length` tokens, and `hidden` predicts the next.
+Deliberately absent: a second model's weights, and text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from jaxreason.models.decoder import Model
+from jaxreason.numerics import at_least_float32
+from jaxreason.sampling import law as laws
+from jaxreason.sampling import stops
+from jaxreason.sampling.law import Law
+from jaxreason.sampling.logits import draw
+
+Leaf = Any  # a jax.Array; a shape or a sharding under tree maps
+
+# why a slot is not growing; in the order of types.StopReason
+LIVE, EOS, STOP_STRING, STEP, LENGTH, PARKED, FREE = range(7)
+
+
+@struct.dataclass
+class Roots:
+    """The prompts that slots follow."""
+
+    prompts: Any  # keys and values, the model's
+    hidden: Leaf  # [P, D], from which the first token is predicted
+    seen: Leaf | None = None  # [P, V], tokens in the prompt; for a law that asks
+
+
+@struct.dataclass
+class Record:
+    """What was written, R rows: a slot's each, or one for each completion that a queue holds."""
+
+    tokens: Leaf  # [R, T] int32
+    logp: Leaf  # [R, T], of each token under the law that sampled it
+    mask: Leaf  # [R, T] bool, chosen by the policy
+    step_end: Leaf  # [R, T] bool, a step ended within this token
+    length: Leaf  # [R] int32
+    status: Leaf  # [R] int8: LIVE, why it stopped, or FREE
+    after: Leaf  # [R] int32, bytes of the last token that follow the stop string
+
+
+@struct.dataclass
+class Slots:
+    """S completions in the making."""
+
+    own: Any  # keys and values, the model's
+    hidden: Leaf  # [S, D], from which the next token is predicted
+    root: Leaf  # [S] int32, its prompt
+    key: Leaf  # [S] keys, of all its tokens
+    search: Leaf  # [S] int32, state in the search for stop strings and delimiters
+    grammar: Leaf  # [S] int32, state in the grammar
+    record: Record  # S rows
+    number: Leaf  # [S] int32, which of the queue's completions it is
+    seen: Leaf | None = None  # [S, V], tokens so far, for a law that asks
+
+
+@struct.dataclass
+class Rules:
+    """How tokens are chosen and what stops a slot."""
+
+    law: Law = struct.field(pytree_node=False)
+    eos_ids: tuple[int, ...] = struct.field(pytree_node=False)
+    pad_id: int = struct.field(pytree_node=False)
+    search: stops.Machine | None = None  # stop strings and step delimiters
+    grammar: stops.Grammar | None = None  # what may be written at all
+    steps_stop: bool = struct.field(pytree_node=False, default=False)  # a step's end stops a slot, and does not only mark it
+
+
+def open(model: Model, params: Any, prompt: Int[Array, "P Tp"], mask: Bool[Array, "P Tp"], *, rules: Rules) -> Roots:
+    """Reads prompts, padded on the left. `params` are those that `model.prepare_sampling` gave."""
+    hidden, prompts = model.prefill(params, prompt, mask)
+    seen = None
+    if rules.law.repetition_penalty != 1:
+        vocab = vocab_size(model, params, hidden)
+        row = jnp.arange(prompt.shape[0], dtype=jnp.int32)[:, None]
+        seen = jnp.zeros((prompt.shape[0], vocab), bool).at[row, jnp.where(mask, prompt, vocab)].set(True, mode="drop")
+    return Roots(prompts, hidden, seen)
+
+
+def vocab_size(model: Model, params: Any, hidden: Any) -> int:
+    """How many tokens the model chooses among, from shapes alone."""
+    return jax.eval_shape(model.project, params, hidden).shape[1]
+
+
+def seat(model: Model, roots: Roots, root: Int[Array, " S"], key: jax.Array, *, tokens: int, rules: Rules) -> Slots:
+    """Slots at the end of their prompts, with room for `tokens` tokens each."""
+    slots = root.shape[0]
+    zero = jnp.zeros(slots, jnp.int32)
+    record = blank(slots, tokens, rules=rules, dtype=at_least_float32(roots.hidden.dtype))
+    return Slots(
+        own=model.empty(roots.prompts, slots=slots, tokens=tokens),
+        hidden=jnp.take(roots.hidden, root, axis=0, mode="clip"),
+        root=root,
+        key=key,
+        search=zero,
+        grammar=zero + _grammar_start(rules),
+        record=replace(record, status=jnp.full(slots, LIVE, jnp.int8)),
+        number=zero,
+        seen=None if roots.seen is None else jnp.take(roots.seen, root, axis=0, mode="clip"),
+    )
+
+
+def _grammar_start(rules: Rules) -> Any:
+    return 0 if rules.grammar is None else rules.grammar.start
+
+
+def blank(rows: int, tokens: int, *, rules: Rules, dtype: Any) -> Record:
+    """A record without a token."""
+    shape = (rows, tokens)
+    return Record(
+        tokens=jnp.full(shape, rules.pad_id, jnp.int32),
+        logp=jnp.zeros(shape, dtype),
+        mask=jnp.zeros(shape, bool),
+        step_end=jnp.zeros(shape, bool),
+        length=jnp.zeros(rows, jnp.int32),
+        status=jnp.full(rows, FREE, jnp.int8),
+        after=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def fork(model: Model, slots: Slots, parent: Int[Array, " S"], key: jax.Array) -> Slots:
+    """Slots that continue what slots `parent` hold, each with a key of its own.
+
+    What they share is copied exactly, so a child goes on as its parent would under the same key.
+    """
+    return replace(_select(model, slots, parent), key=key)
+
+
+def _select(model: Model, slots: Slots, index: Int[Array, " S"]) -> Slots:
+    rest = jax.tree.map(lambda x: x[index], replace(slots, own=None))
+    return replace(rest, own=model.select(slots.own, index))
+
+
+def close(slots: Slots, which: Bool[Array, " S"]) -> Slots:
+    """Frees slots."""
+    return _with_status(slots, which, FREE)
+
+
+def _with_status(slots: Slots, which: jax.Array, status: int) -> Slots:
+    told = jnp.where(which, jnp.int8(status), slots.record.status)
+    return replace(slots, record=replace(slots.record, status=told))
+
+
+def extend(
+    model: Model,
+    params: Any,
+    roots: Roots,
+    slots: Slots,
+    *,
+    rules: Rules,
+    limit: Int[Array, " S"],
+    steps: int | Int[Array, ""] | None = None,
+    width: int = 8,
+) -> Slots:
+    """Chooses tokens for every slot that has not ended until it stops, is `limit` tokens long, or `steps` tokens are chosen.
+
+    Slots at a step's end, at a former limit, and parked ones go on. `width`: see `Model.decode`; 0 where slots are [P, G] in order.
+    """
+    status = slots.record.status
+    slots = _with_status(slots, (status == STEP) | (status == PARKED) | (status == LENGTH), LIVE)
+    slots = _with_status(slots, (slots.record.status == LIVE) & (slots.record.length >= limit), LENGTH)
+
+    def running(carry: Any) -> jax.Array:
+        count, slots = carry
+        some = jnp.any(slots.record.status == LIVE)
+        return some if steps is None else some & (count < steps)
+
+    def body(carry: Any) -> Any:
+        count, slots = carry
+        return count + 1, _step(model, params, roots, slots, rules=rules, limit=limit, width=width)
+
+    return jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), slots))[1]
+
+
+def _step(model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules, limit: Int[Array, " S"], width: int) -> Slots:
+    """One token of every live slot."""
+    old = slots.record
+    live = old.status == LIVE
+    token, logp, chosen = _choose(model, params, slots, rules)
+    token = jnp.where(live, token, jnp.full_like(token, rules.pad_id))
+    length = old.length + live.astype(jnp.int32)
+    status = jnp.where(length >= limit, jnp.int8(LENGTH), jnp.int8(LIVE))
+    search, grammar, step_end, after = slots.search, slots.grammar, old.step_end, old.after
+
+    def keep(new: jax.Array, there: jax.Array) -> jax.Array:
+        return jnp.where(live.reshape(-1, *(1 for _ in there.shape[1:])), new, there)
+
+    place = jnp.arange(old.tokens.shape[1], dtype=jnp.int32)
+    here = (place[None] == old.length[:, None]) & live[:, None]
+
+    def write(new: jax.Array, there: jax.Array) -> jax.Array:
+        # not a scatter, which takes longer, on CPUs far longer
+        return jnp.where(here, new[:, None].astype(there.dtype), there)
+
+    if rules.search is not None:
+        found = stops.step(rules.search, search, token)
+        search, after = keep(found.state, search), keep(found.after, after)
+        step_end = write(found.steps > 0, step_end)
+        if rules.steps_stop:
+            status = jnp.where(found.steps > 0, jnp.int8(STEP), status)
+        status = jnp.where(found.event == stops.STOP, jnp.int8(STOP_STRING), status)
+    if rules.grammar is not None:
+        grammar = keep(stops.advance(rules.grammar, grammar, token), grammar)
+    if rules.eos_ids:
+        status = jnp.where(jnp.isin(token, jnp.asarray(rules.eos_ids, jnp.int32)), jnp.int8(EOS), status)
+    hidden, own = model.decode(params, token[:, None], roots.prompts, slots.own, slots.root, old.length, live, width=width)
+    seen = slots.seen
+    if seen is not None:
+        seen = seen | ((jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == token[:, None]) & live[:, None])
+    record = Record(
+        tokens=write(token, old.tokens),
+        logp=write(logp, old.logp),
+        mask=write(chosen, old.mask),
+        step_end=step_end,
+        length=length,
+        status=keep(status, old.status),
+        after=after,
+    )
+    hidden = keep(hidden[:, 0], slots.hidden)
+    return replace(slots, own=own, hidden=hidden, search=search, grammar=grammar, record=record, seen=seen)
+
+
+def _choose(model: Model, params: Any, slots: Slots, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token of every slot, its log-probability, and whether it was a choice at all."""
+    scores = model.project(params, slots.hidden)
+    allowed = None if rules.grammar is None else stops.allowed(rules.grammar, slots.grammar)
+    logits = laws.shape(scores, rules.law, seen=slots.seen, allowed=allowed, position=slots.record.length)
+    uniform = None
+    if not rules.law.greedy:
+        uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (), jnp.float32))(
+            slots.key, slots.record.length
+        )
+    token, logp = draw(logits, uniform)
+    chosen = jnp.ones_like(token, bool)
+    if rules.law.forced:
+        forced = jnp.asarray([place for place, _ in rules.law.forced], jnp.int32)
+        chosen = ~jnp.isin(slots.record.length, forced)
+    return token, logp, chosen
+
+
+def append(
+    model: Model,
+    params: Any,
+    roots: Roots,
+    slots: Slots,
+    token: Int[Array, "S M"],
+    count: Int[Array, " S"],
+    *,
+    rules: Rules,
+    width: int = 8,
+) -> Slots:
+    """Feeds slots the first `count` of these tokens, which nobody chose: their mask is False, their log-probability 0.
+
+    Slots that had stopped go on afterwards; a count of 0 leaves a slot as it is. Stop strings and grammars begin anew behind what
+    was fed. A slot must have room for its tokens: what does not fit is lost.
+    """
+    old = slots.record
+    size, fed = old.tokens.shape[1], count > 0
+    # tokens beyond the count lie beyond the slot's length, where the next ones will be written
+    hidden, own = model.decode(params, token, roots.prompts, slots.own, slots.root, old.length, fed, width=width)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    told = jnp.arange(token.shape[1], dtype=jnp.int32)[None] < count[:, None]
+    slot = jnp.arange(token.shape[0], dtype=jnp.int32)[:, None]
+    at = jnp.where(told, old.length[:, None] + jnp.arange(token.shape[1], dtype=jnp.int32)[None], size)
+    seen = slots.seen
+    if seen is not None:
+        seen = seen.at[slot, jnp.where(told, token, seen.shape[1])].set(True, mode="drop")
+    record = replace(
+        old,
+        tokens=old.tokens.at[slot, at].set(token, mode="drop"),
+        length=jnp.minimum(old.length + count, size),
+        status=jnp.where(fed, jnp.int8(LIVE), old.status),
+    )
+    return replace(
+        slots,
+        own=own,
+        hidden=jnp.where(fed[:, None], last, slots.hidden),
+        search=jnp.where(fed, 0, slots.search),
+        grammar=jnp.where(fed, _grammar_start(rules), slots.grammar),
+        record=record,
+        seen=seen,
+    )
+
+
+# ---- a queue of completions behind the slots
+
+
+@struct.dataclass
+class Queue:
+    """Completions that wait for a slot: of every problem G, numbered problem by problem; a device has those of its problems."""
+
+    key: Leaf  # [N] keys
+    limit: Leaf  # [N] int32, the most tokens of each
+    taken: Leaf  # [devices] int32, how many of its own each device has taken
+    count: Leaf  # [devices] int32, how many of its own there are, the first ones
+
+
+def drain(
+    model: Model,
+    params: Any,
+    roots: Roots,
+    slots: Slots,
+    record: Record,
+    queue: Queue,
+    *,
+    rules: Rules,
+    group: int,
+    steps: int | Int[Array, ""] | None = None,
+    least: int | Int[Array, ""] = 0,
+    width: int = 8,
+) -> tuple[Slots, Record, Queue]:
+    """Extends slots, and gives one that stops the queue's next completion, until there are none, or `steps` tokens are chosen.
+
+    Returns too when the queue is empty and no device has more than `least` live slots, so that they can be moved to fewer
+    (`compact`). `record` has a row for each of the queue's completions, which is filled when it has ended; `collect` fills those of
+    the ones that have not.
+    """
+    lanes = queue.taken.shape[0]
+
+    def running(carry: Any) -> jax.Array:
+        count, slots, _, queue = carry
+        live = jnp.sum((slots.record.status == LIVE).reshape(lanes, -1), axis=1, dtype=jnp.int32)
+        some = jnp.any(live > least) | (jnp.any(live > 0) & jnp.any(queue.taken < queue.count))
+        return some if steps is None else some & (count < steps)
+
+    def body(carry: Any) -> Any:
+        count, slots, record, queue = carry
+        limit = jnp.take(queue.limit, slots.number, mode="clip")
+        before = slots.record.status == LIVE
+        slots = _step(model, params, roots, slots, rules=rules, limit=limit, width=width)
+        ended = before & (slots.record.status != LIVE)
+
+        def turn(slots: Slots, record: Record, queue: Queue) -> tuple[Slots, Record, Queue]:
+            record = collect(slots, record, ended)
+            slots, queue = _refill(roots, slots, queue, rules=rules, group=group)
+            return slots, record, queue
+
+        return count + 1, *jax.lax.cond(jnp.any(ended), turn, lambda *same: same, slots, record, queue)
+
+    slots, queue = _refill(roots, slots, queue, rules=rules, group=group)
+    return jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), slots, record, queue))[1:]
+
+
+def collect(slots: Slots, record: Record, which: Bool[Array, " S"]) -> Record:
+    """The queue's record with the rows of these slots."""
+    first = jnp.argsort(~which, stable=True).astype(jnp.int32)
+
+    def one(i: jax.Array, record: Record) -> Record:
+        def put(there: jax.Array, new: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_index_in_dim(new, first[i], keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(there, row, slots.number[first[i]], 0)
+
+        return jax.tree.map(put, record, slots.record)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.sum(which, dtype=jnp.int32), one, record)
+
+
+def _refill(roots: Roots, slots: Slots, queue: Queue, *, rules: Rules, group: int) -> tuple[Slots, Queue]:
+    """Gives every slot that is not live the next completion in its device's part of the queue, as long as there are any."""
+    lanes, total = queue.taken.shape[0], queue.key.shape[0]
+    idle = (slots.record.status != LIVE).reshape(lanes, -1)
+    number = queue.taken[:, None] + jnp.cumsum(idle, axis=1, dtype=jnp.int32) - 1
+    new = idle & (number < queue.count[:, None])
+    row = (number + (jnp.arange(lanes, dtype=jnp.int32) * (total // lanes))[:, None]).reshape(-1)
+    fresh, root = new.reshape(-1), row // group
+
+    def put(there: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape(-1, *(1 for _ in old.shape[1:])), there, old)
+
+    zero = jnp.zeros_like(slots.root)
+    record = blank(*slots.record.tokens.shape, rules=rules, dtype=slots.record.logp.dtype)
+    record = jax.tree.map(put, replace(record, status=jnp.full_like(record.status, LIVE)), slots.record)
+    slots = replace(
+        slots,
+        hidden=put(jnp.take(roots.hidden, root, axis=0, mode="clip"), slots.hidden),
+        root=put(root, slots.root),
+        key=put(queue.key[jnp.clip(row, 0, total - 1)], slots.key),
+        search=put(zero, slots.search),
+        grammar=put(zero + _grammar_start(rules), slots.grammar),
+        record=record,
+        number=put(row, slots.number),
+        seen=slots.seen
+        if slots.seen is None or roots.seen is None
+        else put(roots.seen[root.clip(0, total // group - 1)], slots.seen),
+    )
+    return slots, replace(queue, taken=queue.taken + jnp.sum(new, axis=1, dtype=jnp.int32))
+
+
+def compact(model: Model, slots: Slots, *, slots_left: int, lanes: int = 1) -> Slots:
+    """The live slots, of which there are no more than `slots_left`, in so many slots; each stays on its device."""
+    idle = (slots.record.status != LIVE).reshape(lanes, -1)
+    order = jnp.argsort(idle, axis=1, stable=True).astype(jnp.int32)
+    kept = order[:, : slots_left // lanes] + (jnp.arange(lanes, dtype=jnp.int32) * idle.shape[1])[:, None]
+    return _select(model, slots, kept.reshape(-1))
+
+
+def buckets(slots: int, *, lanes: int = 1, least: int = 4) -> tuple[int, ...]:
+    """Numbers of slots to move to as completions end, from `slots` down by halves."""
+    sizes = [slots]
+    while sizes[-1] % (2 * lanes) == 0 and sizes[-1] // 2 >= least * lanes:
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
