@@ -168,11 +168,11 @@ def extend(
     steps: int | Int[Array, ""] | None = None,
     width: int = 8,
 ) -> Slots:
-    """Chooses tokens for every slot that has not ended until it stops, is `limit` tokens long, or `steps` tokens are chosen.
+    """Chooses tokens for every slot that has not ended until it stops, is `limit` tokens long or full, or `steps` are chosen.
 
     Slots at a step's end, at a former limit, and parked ones go on. `width`: see `Model.decode`; 0 where slots are [P, G] in order.
     """
-    status = slots.record.status
+    status, limit = slots.record.status, jnp.minimum(limit, slots.record.tokens.shape[1])
     slots = _with_status(slots, (status == STEP) | (status == PARKED) | (status == LENGTH), LIVE)
     slots = _with_status(slots, (slots.record.status == LIVE) & (slots.record.length >= limit), LENGTH)
 
@@ -341,7 +341,7 @@ def drain(
 
     def body(carry: Any) -> Any:
         count, slots, record, queue = carry
-        limit = jnp.take(queue.limit, slots.number, mode="clip")
+        limit = jnp.minimum(jnp.take(queue.limit, slots.number, mode="clip"), slots.record.tokens.shape[1])
         before = slots.record.status == LIVE
         slots = _step(model, params, roots, slots, rules=rules, limit=limit, width=width)
         ended = before & (slots.record.status != LIVE)

@@ -365,6 +365,12 @@ def test_a_grammar_bounds_what_is_written() -> None:
         assert re.fullmatch(rb"a(b|cd)*e", text_of(np.asarray(out.tokens[row, : int(out.length[row])])))
 
 
+def test_a_full_slot_ends() -> None:
+    at = opened(prompts_of(5, 33), 4, tokens=9)
+    out = extended(at, 40).slots.record
+    assert (out.status == engine.LENGTH).any() and ((out.status == engine.LENGTH) == (out.length == 9)).all()
+
+
 def test_closed_slots_are_left_alone() -> None:
     at = opened(prompts_of(5, 33), 4)
     out = extended(at._replace(slots=engine.close(at.slots, jnp.asarray([True, False, False, True]))), 9).slots.record
