@@ -297,9 +297,10 @@ def test_a_step_in_float32_and_where_its_arrays_lie() -> None:
     sampling = step.collect.lower(*args).compile(compiler_options=QUICK)  # pyright: ignore[reportFunctionMemberAccess]
     text = sampling.as_text()
     a = ARCHITECTURE
-    own = (P, G, a.kv_heads, T, a.head_size)  # the cache of one layer: problems over 4 devices, heads over 2
-    assert f"f32[{P // 4},{G},{a.kv_heads // 2},{T},{a.head_size}]" in text
-    assert f"f32[{','.join(map(str, own))}]" not in text
+    # a layer's own keys are [P * G, K, 1, C, T]: problems over 4 devices, heads over 2
+    assert f"f32[{P // 4 * G},{a.kv_heads // 2},1,{a.head_size},{T}]" in text
+    for slots, kv_heads in ((P * G, a.kv_heads), (P * G, a.kv_heads // 2), (P // 4 * G, a.kv_heads)):
+        assert f"f32[{slots},{kv_heads},1,{a.head_size},{T}]" not in text
     sampled, rewards = sampling(*args)
     assert parts(sampled.completion) == {(P // 4, G, T)} and parts(rewards["even"]) == {(P // 4, G)}
 
