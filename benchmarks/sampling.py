@@ -11,7 +11,7 @@ uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with me
 decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
     does of either in a large product and in reading a large array.
 
-Ratios are of CPU seconds, medians of `--runs`.
+Ratios are of CPU seconds, medians of `--runs` rounds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Bench:
     """The model, its parameters, and programs by name."""
 
     def __init__(self, *, seed: int, runs: int, matmul: str) -> None:
-        sizes = {"hidden_size": WIDTH, "layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "mlp_size": MLP}
+        sizes: Any = {"hidden_size": WIDTH, "layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "mlp_size": MLP}
         architecture = Architecture(vocab_size=VOCAB, head_size=WIDTH // HEADS, max_positions=1024, tied=False, **sizes)
         self.mesh = sharding.make_mesh(sharding.MeshConfig())
         self.model = decoder.make_decoder(architecture, Numerics(matmul_dtype=matmul), self.mesh)
@@ -64,15 +64,21 @@ class Bench:
             self.programs[name] = compiled(jax.jit(function, donate_argnums=donate), *args)
         return self.programs[name](*args)
 
+    def rounds(self, **functions: Callable[[], Any]) -> dict[str, list[float]]:
+        """CPU seconds of each, compiled before; one after the other in every round, so that a busy machine is so for all."""
+        for function in functions.values():
+            jax.block_until_ready(function())
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(self.runs):
+            for name, function in functions.items():
+                begun = time.process_time()
+                jax.block_until_ready(function())
+                seconds[name].append(time.process_time() - begun)
+        return seconds
+
     def cpu_seconds(self, function: Callable[[], Any]) -> float:
         """The median of the runs, compiled before."""
-        jax.block_until_ready(function())
-        seconds = []
-        for _ in range(self.runs):
-            begun = time.process_time()
-            jax.block_until_ready(function())
-            seconds.append(time.process_time() - begun)
-        return statistics.median(seconds)
+        return statistics.median(self.rounds(it=function)["it"])
 
     def prompts(self, count: int, tokens: int, *, copies: int = 1) -> PromptBatch:
         ids = np.repeat(self.rng.integers(0, VOCAB, (count, tokens)).astype(np.int32), copies, axis=0)
@@ -80,16 +86,21 @@ class Bench:
         parts = (ids, np.ones(ids.shape, bool), number.astype(np.uint32), number.astype(np.int32))
         return PromptBatch(*(jnp.asarray(part) for part in parts))
 
-    def rollout(self, name: str, prompts: PromptBatch, *, group: int, tokens: int) -> float:
-        """CPU seconds of completions of one length, all in slots of their own."""
+    def rollout(self, name: str, prompts: PromptBatch, *, group: int, tokens: int) -> Callable[[], Any]:
+        """Completions of one length, all in slots of their own."""
         fixed: Any = {"group": group, "max_completion_tokens": tokens, "eos_ids": (), "pad_id": 0}
         run = partial(sample, self.model, **fixed)
-        return self.cpu_seconds(lambda: self.run(name, run, self.params, prompts, jax.random.key(1)))
+        return lambda: self.run(name, run, self.params, prompts, jax.random.key(1))
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def uniform(b: Bench, hf_python: str) -> dict[str, Any]:
-    shared = b.rollout("shared", b.prompts(8, 32), group=8, tokens=64)
-    alone = b.rollout("alone", b.prompts(64, 32), group=1, tokens=64)
+    shared = b.cpu_seconds(b.rollout("shared", b.prompts(8, 32), group=8, tokens=64))
+    alone = b.cpu_seconds(b.rollout("alone", b.prompts(64, 32), group=1, tokens=64))
     out = {"cpu_s": shared, "tokens_per_cpu_s": 4096 / shared, "cpu_s_64_prompts": alone}
     if hf_python:
         script = Path(__file__).parent / "peers" / "hf_generate.py"
@@ -103,9 +114,12 @@ def uniform(b: Bench, hf_python: str) -> dict[str, Any]:
 
 
 def long_prompts(b: Bench) -> dict[str, Any]:
-    shared = b.rollout("long shared", b.prompts(8, 512), group=8, tokens=32)
-    copies = b.rollout("long copies", b.prompts(8, 512, copies=8), group=1, tokens=32)
-    return {"cpu_s": shared, "cpu_s_each_copy": copies, "faster": copies / shared}
+    seconds = b.rounds(
+        shared=b.rollout("long shared", b.prompts(8, 512), group=8, tokens=32),
+        copies=b.rollout("long copies", b.prompts(8, 512, copies=8), group=1, tokens=32),
+    )
+    shared, copies = (statistics.median(each) for each in seconds.values())
+    return {"cpu_s": shared, "cpu_s_each_copy": copies, "faster": ratio(seconds["copies"], seconds["shared"])}
 
 
 class Uneven:
@@ -176,12 +190,18 @@ def uneven(b: Bench) -> dict[str, Any]:
     drawn = np.minimum(b.rng.geometric(1 / 64, size=work.total), work.tokens).astype(np.int32)
     lengths, even = jnp.asarray(drawn), jnp.full(work.total, 64, jnp.int32)
     same = bool(jnp.all(work.refilled(lengths, work.tokens) == work.batches(lengths)))
-    ours = b.cpu_seconds(lambda: work.refilled(lengths, work.tokens))
-    waiting = b.cpu_seconds(lambda: work.batches(lengths))
-    best = work.total * 64 / min(b.cpu_seconds(partial(work.refilled, even, t)) for t in (64, work.tokens))
-    ideal = int(drawn.sum()) / best
-    out = {"tokens": int(drawn.sum()), "longest": int(drawn.max()), "cpu_s": ours, "cpu_s_without_refill": waiting, "same": same}
-    return out | {"faster": waiting / ours, "best_tokens_per_cpu_s": best, "ideal_cpu_s": ideal, "over_ideal": ours / ideal}
+    seconds = b.rounds(
+        ours=lambda: work.refilled(lengths, work.tokens),
+        waiting=lambda: work.batches(lengths),
+        even=partial(work.refilled, even, 64),
+        even_in_long=partial(work.refilled, even, work.tokens),
+    )
+    tokens = int(drawn.sum())
+    part = tokens / (work.total * 64)
+    ideal = [part * min(a, b) for a, b in zip(seconds["even"], seconds["even_in_long"], strict=True)]
+    out = {"tokens": tokens, "longest": int(drawn.max()), "same": same, "cpu_s": statistics.median(seconds["ours"])}
+    out |= {"cpu_s_without_refill": statistics.median(seconds["waiting"]), "ideal_cpu_s": statistics.median(ideal)}
+    return out | {"faster": ratio(seconds["waiting"], seconds["ours"]), "over_ideal": ratio(seconds["ours"], ideal)}
 
 
 def decode(b: Bench) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxreason import sharding
 from jaxreason.models import attention, block, slot_attention
 from jaxreason.models.block import Context
 from jaxreason.models.config import Stack, stacks
-from jaxreason.models.slot_attention import BLOCK, Read, Rows, Seats, Written
+from jaxreason.models.slot_attention import BLOCK, FEW, NEAR, SHORT, Read, Rows, Seats, Written
 from jaxreason.models.weights import Int8, LowRank, to_int8
 
 Params = Any
@@ -49,10 +49,13 @@ class Prompts(NamedTuple):
 
 
 class Own(NamedTuple):
-    """Keys and values of each slot's own tokens, as `Prompts` has them, but cut into blocks (slot_attention.py)."""
+    """Keys and values of each slot's own tokens, as `Prompts` has them, but cut into blocks (slot_attention.py).
 
-    k: tuple[Any, ...]  # each [(layers,) S, K, n, C, B], n blocks of B places
-    v: tuple[Any, ...]  # each [(layers,) S, K, n, B, C]
+    An entry is a pair: of the first places, and of the rest, None where rows are short.
+    """
+
+    k: tuple[Any, ...]  # each twice [(layers,) S, K, n, C, B], n blocks of B places
+    v: tuple[Any, ...]  # each twice [(layers,) S, K, n, B, C]
 
 
 def prepare(params: Params, *, c: Context) -> Params:
@@ -156,13 +159,16 @@ def _outputs(weights: Params, out: jax.Array, c: Context) -> jax.Array:
 
 def empty(prompts: Prompts, *, slots: int, tokens: int, c: Context) -> Own:
     """Room for `tokens` tokens, or a few more, of each of `slots` completions of these prompts."""
-    blocks, size = (1, tokens) if tokens <= slot_attention.SHORT else (-(-tokens // BLOCK), BLOCK)
+    parts = [(1, tokens)] if tokens <= SHORT else [(1, NEAR), (-(-(tokens - NEAR) // BLOCK), BLOCK)]
 
-    def room(x: jax.Array, *, axis: int) -> jax.Array:
+    def room(x: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array | None]:
         *lead, _, kv_heads, _, _ = x.shape
-        last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
         axes = (*(None for _ in lead), "problems", "kv_heads" if kv_heads > 1 else None, None, None, None)
-        return c.constrain(jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype), axes)
+        made = []
+        for blocks, size in parts:
+            last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
+            made.append(c.constrain(jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype), axes))
+        return made[0], made[1] if made[1:] else None
 
     return Own(jax.tree.map(partial(room, axis=-1), prompts.k), jax.tree.map(partial(room, axis=-2), prompts.v))
 
@@ -210,8 +216,9 @@ def decode(
     place = length[:, None] + jnp.arange(token.shape[1], dtype=jnp.int32)[None]
     rotations = block.rotations(jnp.take(prompts.length, root, mode="clip")[:, None] + place, c)
     axes = ("problems", None, None)
-    rows = _rows(root, live, prompts=prompts.length.shape[0], width=width, c=c) if width else None
-    seats = Seats(length, live, rows)
+    whose = root % (prompts.length.shape[0] // sharding.problem_shards(c.mesh)) if width else None  # a device's own, from 0
+    rows = _rows(whose, live, width=width, c=c) if whose is not None and _places(prompts) > FEW else None
+    seats = Seats(length, live, whose, rows)
 
     def layer(
         x: jax.Array, k: Any, v: Any, prompt_k: Any, prompt_v: Any, windowed: Any, weights: Params, *number: Any
@@ -243,12 +250,9 @@ def decode(
 SLOTS = sharding.partition(("problems",))
 
 
-def _rows(root: jax.Array, live: jax.Array, *, prompts: int, width: int, c: Context) -> Rows:
-    """The rows of each device's own slots, whose prompts it counts from its own first."""
-
-    def own(root: jax.Array, live: jax.Array) -> Rows:
-        return slot_attention.rows_of(root % (prompts // sharding.problem_shards(c.mesh)), live, width=width)
-
+def _rows(root: jax.Array, live: jax.Array, *, width: int, c: Context) -> Rows:
+    """The rows of each device's own slots."""
+    own = partial(slot_attention.rows_of, width=width)
     if c.mesh.size == 1:
         return own(root, live)
     return jax.shard_map(own, mesh=c.mesh, in_specs=(SLOTS, SLOTS), out_specs=SLOTS)(root, live)
@@ -266,16 +270,20 @@ def _attend(
     number: jax.Array | None = None,
     *,
     c: Context,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Any, Any]:
     """Writes the newest keys and values and attends to them and all before; each device for its own slots and heads."""
     law = block.law(windowed, c)
 
     def run(
         q: Any, new_k: Any, new_v: Any, own: Any, prompts: Any, first: Any, seats: Seats, number: Any, window: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        kept = Written(own[0], own[1], number).write(new_k, new_v, seats.length)
+    ) -> tuple[jax.Array, Any, Any]:
+        (near_k, far_k), (near_v, far_v) = own[0], own[1] or (None, None)
+        far = None if far_k is None else Written(far_k, far_v, number)
+        kept = Written(near_k, near_v, number, far).write(new_k, new_v, seats.length)
         told = law if window is None else law._replace(window=window)
-        return slot_attention.attend(q, kept, Read(prompts[0], prompts[1], number), first, seats, law=told), kept.k, kept.v
+        out = slot_attention.attend(q, kept, Read(prompts[0], prompts[1], number), first, seats, law=told)
+        k, v = (kept.k, kept.far and kept.far.k), (kept.v, kept.far and kept.far.v)
+        return out, k, None if kept.v is None else v
 
     window = None if isinstance(law.window, int) else law.window
     given = (q, new_k, new_v, own, prompts, first, seats, number, window)

@@ -4,7 +4,8 @@ A prompt's keys and values are held once and read by all of its slots. Own ones 
 as much as it has tokens. Both are read in one of two forms, which merge as softmaxes over parts do (arXiv:2205.14135, section 3.1):
 `whole` reads rows from end to end, which is best when they are short or all full; `blocks` lists the blocks of rows that
 hold anything for a live slot, and goes through that list some at a time, so that its work is the sum of the lengths, not
-slots x the longest. Deliberately absent: kernels, of which a slot's row of blocks is a page table.
+slots x the longest. A long row is both: its first places, which most slots have filled, and blocks for the rest. Deliberately
+absent: kernels, of which a slot's row of blocks is a page table.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from jaxreason.models.attention import Law, softcap
 from jaxreason.numerics import at_least_float32
 
 BLOCK = 32  # keys in a block; rows that are read in blocks are multiples of it
-TOGETHER = 64  # (slot, block) pairs that are read at once, where there are slots enough
+TOGETHER = 16  # (slot, block) pairs that are read at once: few enough that a CPU's cache holds what is gathered
 SHORT = 128  # own rows up to this long are read whole
+NEAR = 64  # of longer ones, so many places
+FEW = 64  # prompts up to this long are read for each of their slots: cheaper than finding out who shares them
+IN_TURN = 8  # up to so many new tokens of a slot are written one after the other, on CPUs
 
 
 class Rows(NamedTuple):
@@ -38,7 +42,8 @@ class Seats(NamedTuple):
 
     length: Int[Array, " S"]  # own tokens before the newest ones
     live: Bool[Array, " S"]  # others are not read for, where that saves work
-    rows: Rows | None  # None: slots [P, G] in order, every prompt with as many
+    root: Int[Array, " S"] | None  # each one's prompt; None: slots are [P, G] in order
+    rows: Rows | None  # with a root: who reads a long prompt together
 
 
 class Read(NamedTuple):
@@ -68,18 +73,22 @@ class Read(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The same of slots' own tokens, block by block: [S, K, n, C, B] and [S, K, n, B, C]; one block where rows are short."""
+    """The same of slots' own tokens: [S, K, n, C, B] and [S, K, n, B, C], n blocks of B places.
+
+    Short rows are one block; longer ones a block of their first places, and then the `far` ones.
+    """
 
     k: jax.Array
     v: jax.Array | None
     number: jax.Array | None = None
+    far: Written | None = None
 
     @property
     def places(self) -> int:
         return self.k.shape[-1] * self.k.shape[-3]
 
     def whole(self) -> tuple[jax.Array, jax.Array]:
-        """The layer's keys and values, of rows of one block."""
+        """The layer's first keys and values."""
         return _both(self.k, self.v, lambda x, _: x[:, :, 0] if self.number is None else x[self.number, :, :, 0])
 
     def blocks(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,36 +102,47 @@ class Written(NamedTuple):
 
     def write(self, k: Float[Array, "S M K C"], v: Float[Array, "S M K Cv"] | None, start: Int[Array, " S"]) -> Written:
         """With the newest tokens' from each row's place `start` on; what falls beyond a row's end is dropped."""
-        row = jnp.arange(start.shape[0], dtype=jnp.int32)[:, None]
-        place = start[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+        slots, newest = k.shape[:2]
+        place = (start[:, None] + jnp.arange(newest, dtype=jnp.int32)[None]).reshape(-1)
+        row = jnp.arange(slots * newest, dtype=jnp.int32) // newest
+        k, v = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (k, v))
+        return self._write(k, v, row, place, in_turn=newest <= IN_TURN)
+
+    def _write(self, k: jax.Array, v: jax.Array | None, row: jax.Array, place: jax.Array, *, in_turn: bool) -> Written:
+        """The same of new ones [N, K, C], each with its row and its place."""
+        inside, far = (place >= 0) & (place < self.places), None
+        if self.far is not None:
+            far = self.far._write(k, v, row, place - self.places, in_turn=in_turn)
+        first = jnp.argsort(~inside, stable=True).astype(jnp.int32)
+        count = jnp.sum(inside, dtype=jnp.int32)
         size, every = self.k.shape[-1], slice(None)
-        block, within = place // size, place % size
 
         def scattered(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
+            block, within = jnp.where(inside, place // size, self.k.shape[-3]), place % size
             at: Any = (row, every, block, every, within) if is_key else (row, every, block, within)
             at = at if self.number is None else (jnp.broadcast_to(self.number, row.shape), *at)
             return buffer.at[at].set(new, mode="drop")
 
-        def in_turn(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
+        def one_by_one(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
             def one(i: jax.Array, buffer: jax.Array) -> jax.Array:
-                zero, lead = jnp.int32(0), () if self.number is None else (self.number,)
-                at = (*lead, i, zero, block[i, 0], *((zero, within[i, 0]) if is_key else (within[i, 0], zero)))
-                own = jax.lax.dynamic_index_in_dim(new, i, keepdims=False)[0]  # [K, C]
+                i, zero, lead = first[i], jnp.int32(0), () if self.number is None else (self.number,)
+                at = (*lead, row[i], zero, place[i] // size, *((zero, place[i] % size) if is_key else (place[i] % size, zero)))
+                own = jax.lax.dynamic_index_in_dim(new, i, keepdims=False)  # [K, C]
                 own = own[:, None, :, None] if is_key else own[:, None, None, :]
                 return jax.lax.dynamic_update_slice(buffer, own.reshape(*(1 for _ in lead), 1, *own.shape), at)
 
-            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(start.shape[0]), one, buffer)
+            return jax.lax.fori_loop(jnp.int32(0), count, one, buffer)
 
         def into(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
             new = new.astype(buffer.dtype)
             default = partial(scattered, is_key=is_key)
-            if new.shape[1] > 1:
+            if not in_turn:
                 return default(buffer, new)
             # XLA's CPU backend takes three times as long for a scatter
-            return jax.lax.platform_dependent(buffer, new, cpu=partial(in_turn, is_key=is_key), default=default)
+            return jax.lax.platform_dependent(buffer, new, cpu=partial(one_by_one, is_key=is_key), default=default)
 
         values = None if v is None or self.v is None else into(self.v, v, is_key=False)
-        return Written(into(self.k, k, is_key=True), values, self.number)
+        return Written(into(self.k, k, is_key=True), values, self.number, far)
 
 
 def _both(k: jax.Array, v: jax.Array | None, read: Callable[[jax.Array, int], jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -173,24 +193,26 @@ def attend(
     def of_prompt(slot_position: jax.Array, first: jax.Array, key: jax.Array) -> jax.Array:
         return (key >= first) & _in_window(slot_position + before - key, law)
 
-    def of_own(slot_position: jax.Array, first: jax.Array, key: jax.Array) -> jax.Array:
-        return (key <= slot_position) & _in_window(slot_position - key, law)
+    def of_own(slot_position: jax.Array, start: jax.Array, key: jax.Array) -> jax.Array:
+        return (start + key <= slot_position) & _in_window(slot_position - start - key, law)
 
-    if seats.rows is None:
+    if seats.root is None:
         prompt = _whole(q, *prompts.whole(), position, first, of_prompt, law)
+    elif seats.rows is None:
+        keys, values = prompts.whole()
+        prompt = _whole(q, keys[seats.root], values[seats.root], position, first[seats.root], of_prompt, law)
     else:
         rows = seats.rows
         begin = first[rows.root] // BLOCK
         used = jnp.arange(slots, dtype=jnp.int32) < rows.count[0]
         listed = _Listed(rows.slot, rows.root, begin, jnp.where(used, before // BLOCK - begin, 0))
         prompt = _blocks(_nothing(q, prompts), q, prompts, position, first[rows.root], listed, of_prompt, law)
-    if own.places <= SHORT:
-        part = _merge(prompt, _whole(q, *own.whole(), position, jnp.zeros_like(seats.length), of_own, law))
-    else:
+    zero, near = jnp.zeros_like(seats.length), own.places
+    part = _merge(prompt, _whole(q, *own.whole(), position, zero, of_own, law))
+    if own.far is not None:
         number = jnp.arange(slots, dtype=jnp.int32)
-        count = jnp.where(seats.live, (seats.length + newest + BLOCK - 1) // BLOCK, 0)
-        listed = _Listed(number[:, None], number, jnp.zeros_like(number), count)
-        part = _blocks(prompt, q, own, position, jnp.zeros_like(number), listed, of_own, law)
+        count = jnp.where(seats.live, jnp.maximum(seats.length + newest - near + BLOCK - 1, 0) // BLOCK, 0)
+        part = _blocks(part, q, own.far, position, zero + near, _Listed(number[:, None], number, zero, count), of_own, law)
     out = part.out / jnp.where(part.total > 0, part.total, jnp.ones_like(part.total))[..., None]
     out = jnp.moveaxis(out.reshape(slots, kv_heads, newest, heads // kv_heads, -1), 1, 2)
     return out.reshape(slots, newest, heads, -1)
@@ -262,10 +284,10 @@ def _blocks(
     allowed: Any,
     law: Law,
 ) -> Part:
-    """Adds the blocks that are listed, `TOGETHER` reads at a time; `first` is of the listed rows."""
+    """Adds the blocks that are listed, about `TOGETHER` reads at a time; `first` is of the listed rows."""
     slots, kv_heads, queries, size = q.shape
     width, newest = listed.slot.shape[1], position.shape[1]
-    together = max(1, min(TOGETHER, 2 * slots) // width)
+    together = max(4, TOGETHER // width)
     end = jnp.cumsum(listed.count)
     everyone = jnp.arange(slots, dtype=jnp.int32)
 
