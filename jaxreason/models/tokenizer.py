@@ -6,6 +6,7 @@ Both are loaded by the same call. The stop tokens, the padding token and the byt
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +49,21 @@ class Tokenizer:
     def vocabulary(self, size: int) -> list[bytes | None]:
         """The bytes of each token id below `size`; None where an id stands for no text."""
         state = json.loads(self.hf.backend_tokenizer.to_str())
-        byte_level = "ByteLevel" in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
+        steps = json.dumps([state.get("pre_tokenizer"), state.get("decoder")], ensure_ascii=False)
+        alphabet = {symbol: bytes([byte]) for byte, symbol in _byte_alphabet().items()} if "ByteLevel" in steps else {}
+        if "Metaspace" in steps or "▁" in steps:  # SentencePiece: a space, and <0x0A> for a byte that is in no piece
+            alphabet = {"▁": b" "}
         added = {entry["id"] for entry in state.get("added_tokens", [])}
-        alphabet = {symbol: byte for byte, symbol in _byte_alphabet().items()}
         table: list[bytes | None] = [None] * size
         for token, number in self.hf.get_vocab().items():
             if number >= size or number == self.pad_id or number in self.eos_ids:
                 continue
-            if byte_level and number not in added:
-                table[number] = bytes(alphabet[symbol] for symbol in token)
-            else:
+            if "ByteFallback" in steps and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                table[number] = bytes.fromhex(token[3:5])
+            elif number in added:
                 table[number] = token.encode()
+            else:
+                table[number] = b"".join(alphabet.get(symbol) or symbol.encode() for symbol in token)
         return table
 
     def save(self, folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from jaxreason.models.tokenizer import TAGS, Tokenizer, load_tokenizer, save_word_tokenizer
 from jaxreason.tasks.word_problems import word_problems
@@ -113,6 +115,33 @@ def test_bytes_of_byte_level_tokens_join_to_the_text(bpe: Path) -> None:
     silent = {number for number, each in enumerate(table) if each is None}
     assert silent == {tokenizer.pad_id, *tokenizer.eos_ids, *range(363, 512)}
     assert {bytes([byte]) for byte in range(256)} <= set(table)  # so any text can be written
+
+
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen3", "torchtitan_test_tokenizer"])
+def test_bytes_of_real_tokenizers_join_to_the_text(shared: Path, name: str) -> None:
+    """One of them has tokens with a plain space, which the alphabet of bytes does not hold."""
+    hf = PreTrainedTokenizerFast.from_pretrained(shared / "data" / "models" / name)
+    table = Tokenizer(hf=hf, eos_ids=(-1,), pad_id=-1).vocabulary(len(hf))
+    for text in TEXTS[:2]:
+        ids = hf(text, add_special_tokens=False)["input_ids"]
+        assert b"".join(table[number] or b"" for number in ids).decode() == hf.decode(ids)
+    assert len(table) > 300 and None not in table
+
+
+def test_bytes_of_sentencepiece_tokens_join_to_the_text() -> None:
+    fast = Fast(models.BPE(byte_fallback=True))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=pieces)
+    fast.train_from_iterator(["How many pens has Tom? Tom has 17 pens."] * 4, trainer)
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", clean_up_tokenization_spaces=False)
+    tokenizer = Tokenizer(hf=hf, eos_ids=(1,), pad_id=1)
+    table = tokenizer.vocabulary(len(hf))
+    for text in ("How many pens? 17, é 🙂\n\n", "Tom has  2 pens"):
+        ids = hf(text, add_special_tokens=False)["input_ids"]
+        assert b"".join(table[number] or b"" for number in ids) == text.encode()
+    assert table[1] is None and table[2 + 10] == b"\n" and b" has" in table
 
 
 def test_a_model_may_have_fewer_or_more_ids_than_the_tokenizer(bpe: Path) -> None:
