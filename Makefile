@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed
 	$(BIN)/python -c "import pathlib, jaxreason.objectives as o; pathlib.Path('docs/algorithms.md').write_text(o.table())"
 	$(BIN)/python docs/figures/coefficients.py
+	$(BIN)/python docs/figures/engine.py
 
 # Leaves runs/ alone.
 clean:
