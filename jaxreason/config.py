@@ -190,12 +190,12 @@ def from_dict(config: Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain dicts, for `config.json` and for showing."""
+    """Plain dicts and lists, for `config.json` and for showing."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):
         return {name: to_dict(value) for name, value in config.items()}
-    return config
+    return [to_dict(each) for each in config] if isinstance(config, tuple) else config
 
 
 def _override(config: ConfigDict, text: str) -> None:
@@ -224,6 +224,10 @@ def _override(config: ConfigDict, text: str) -> None:
         new = new.lower() == "true"
     if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
         new = float(new)
+    if isinstance(old, tuple):
+        if not isinstance(new, list | tuple):
+            raise ValueError(f"config.{key} is '{value}': expected a tuple or a list, such as (1, 2), ('a',) or ()")
+        new = tuple(new)
     if type(new) is not type(old) and old is not None:
         raise ValueError(f"config.{key} is '{value}': expected {_article(type(old))}, for example {old!r}")
     node[leaf] = new
@@ -263,6 +267,8 @@ def _typed(kind: Any, value: Any, *, path: str) -> Any:
         prefix = f"{path}." if path else ""
         fields: Any = {name: _typed(hints[name], value[name], path=prefix + name) for name in value}
         return typing.cast(type, kind)(**fields)
+    if typing.get_origin(kind) is tuple:
+        return _typed_tuple(typing.get_args(kind), value, path=path)
     if typing.get_origin(kind) is not None:  # Mapping[str, X]
         entry = typing.get_args(kind)[1]
         if not isinstance(value, Mapping | ConfigDict):
@@ -277,6 +283,15 @@ def _typed(kind: Any, value: Any, *, path: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise ValueError(f"config.{path} is {value}: expected a finite number")
     return value
+
+
+def _typed_tuple(kinds: tuple[Any, ...], value: Any, *, path: str) -> tuple[Any, ...]:
+    """A list or a tuple as a tuple of these types; (X, ...) are any number of one type."""
+    same = kinds[-1] is ...
+    if not isinstance(value, list | tuple) or not (same or len(value) == len(kinds)):
+        raise ValueError(f"config.{path} is {value!r}: expected a tuple{'' if same else f' of {len(kinds)} values'}")
+    of = [kinds[0]] * len(value) if same else kinds
+    return tuple(_typed(kind, each, path=f"{path}[{i}]") for i, (kind, each) in enumerate(zip(of, value, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------------------- checking
@@ -350,6 +365,7 @@ def check(config: Config, *, shards: int) -> None:
         raise ValueError(
             f"config.sampling.temperature is {config.sampling.temperature}: expected more than 0; evaluation is greedy by itself"
         )
+    _check_sampling(config.sampling, shards=shards)
     for piece, whole in DIVIDES:
         if at(whole) % at(piece):
             raise ValueError(
@@ -374,6 +390,20 @@ def check(config: Config, *, shards: int) -> None:
         raise ValueError(
             f"config.evaluation.accuracy is '{accuracy}', which is no part of the reward: {nearest(accuracy, [*config.reward])}"
         )
+
+
+def _check_sampling(sampling: SamplingConfig, *, shards: int) -> None:
+    """What is no part of the law, which `law.check` looks at when the vocabulary is known."""
+    slots = sampling.slots
+    if slots and (slots < shards or slots & (slots - 1) or slots % shards):
+        raise ValueError(
+            f"config.sampling.slots is {slots}: expected 0, for all at once, or a power of two that the {shards} devices along "
+            "mesh axes data, fsdp and expert divide"
+        )
+    if sampling.overlong not in ("leave_out", "cut", "refuse"):
+        raise ValueError(f"config.sampling.overlong is '{sampling.overlong}': expected 'leave_out', 'cut' or 'refuse'")
+    if "" in sampling.stop:
+        raise ValueError(f"config.sampling.stop is {sampling.stop!r}: expected texts of at least one character each")
 
 
 def check_context(config: Config, architecture: Architecture) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +54,26 @@ def _mixed_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 _mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
+class TokenLaw(NamedTuple):
+    """The law that tokens are scored under: what is done to a chunk's logits, with what it must be told beside them."""
+
+    shape: Callable[[jax.Array, jax.Array, Any, Any], jax.Array]  # logits [P,n,V], target [P,n], told, row -> logits
+    told: Any = None  # arrays with an entry for every token, cut into chunks as the targets are
+    row: Any = None  # arrays with an entry for every problem, whole
+
+
+SOFTMAX = TokenLaw(lambda logits, target, told, row: logits)
+
+
 def token_logprobs(
     hidden: Float[Array, "P N D"],
     project: Callable[[jax.Array], jax.Array],
     target: Int[Array, "P N"],
     *,
-    temperature: float = 1.0,
+    law: TokenLaw = SOFTMAX,
     chunk_tokens: int = 1024,
 ) -> tuple[Float[Array, "P N"], Float[Array, "P N"]]:
-    """Log-probability of each target under softmax(project(hidden) / temperature), and the law's entropy (nats, no gradient).
+    """Log-probability of each target under the law of project(hidden), and the law's entropy (nats, no gradient).
 
     `project` makes logits [rows, V] of hidden states [rows, D]. The N tokens of a row are taken `chunk_tokens / P` at a time, so
     that every device keeps working on its own problems.
@@ -77,12 +88,12 @@ def token_logprobs(
         return jnp.moveaxis(x.reshape(problems, chunks, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def chunk(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h, t = args
+    def chunk(args: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+        h, t, told = args
         logits = project(h.reshape(-1, width)).reshape(*t.shape, -1)
-        return logprob_and_entropy(logits / temperature, t)
+        return logprob_and_entropy(law.shape(logits, t, told, law.row), t)
 
-    logp, entropy = jax.lax.map(chunk, (split(hidden), split(target)))
+    logp, entropy = jax.lax.map(chunk, (split(hidden), split(target), jax.tree.map(split, law.told)))
     join = partial(_join, problems=problems, tokens=tokens)
     return join(logp), join(entropy)
 

@@ -15,7 +15,9 @@ import jax
 import pytest
 
 from jaxreason import config as schema
+from jaxreason.data.batching import prompt_batch, prompt_limits
 from jaxreason.pipelines import experiment as experiments
+from jaxreason.sampling.law import Law
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +55,20 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["seed=-1"], 1, ["config.seed", "-1", "0 or more"]),
     (["seed=4294967296"], 1, ["config.seed", "4294967296", "at most"]),
     (["sampling.temperature=0"], 1, ["config.sampling.temperature", "0.0", "more than 0", "greedy"]),
+    (["sampling.top_p=1.5"], 1, ["config.sampling.top_p is 1.5", "up to 1"]),
+    (["sampling.top_k=-1"], 1, ["config.sampling.top_k is -1", "0 for no limit"]),
+    (["sampling.banned=3"], 1, ["config.sampling.banned is '3'", "a tuple or a list"]),
+    (["sampling.banned=(3,'x')"], 1, ["config.sampling.banned[1] is 'x'", "a whole number"]),
+    (["sampling.banned=[64]"], 1, ["config.sampling.banned is (64,)", "0 to 63"]),
+    (["sampling.banned=[1]"], 1, ["config.sampling.banned is (1,)", "stop tokens [1]"]),
+    (["sampling.bias=((3,1.0,2),)"], 1, ["config.sampling.bias[0] is (3, 1.0, 2)", "a tuple of 2"]),
+    (["sampling.forced=((0,3),)", "sampling.banned=(3,)"], 1, ["config.sampling.forced is ((0, 3),)", "config.sampling.banned"]),
+    (["sampling.stop=</answer>"], 1, ["config.sampling.stop is '</answer>'", "('a',)"]),
+    (["sampling.stop=('',)"], 1, ["config.sampling.stop is ('',)", "at least one character"]),
+    (["sampling.slots=6"], 1, ["config.sampling.slots is 6", "0, for all", "power of two"]),
+    (["sampling.slots=2"], 4, ["config.sampling.slots is 2", "4 devices", "power of two"]),
+    (["sampling.overlong=drop"], 1, ["config.sampling.overlong is 'drop'", "'leave_out', 'cut' or 'refuse'"]),
+    (["sampling.overlong=refuse", "sampling.max_prompt_tokens=20"], 1, ["'refuse'", "of 8 held-out", "20", "'cut'"]),
     (["sampling.max_completion_tokens=-5"], 1, ["config.sampling.max_completion_tokens", "-5", "2 or more"]),
     (["online.steps=-1"], 1, ["config.online.steps", "-1", "0 or more"]),
     (["online.epochs=0"], 1, ["config.online.epochs", "0", "1 or more"]),
@@ -290,6 +306,53 @@ def test_an_override_is_typed_as_its_key():
     config = schema.load("quickstart", [f"--config.{each}" for each in overrides])
     assert config.online.optimizer.learning_rate == 1.0 and type(config.online.optimizer.learning_rate) is float
     assert config.algorithm.kwargs["beta"] == 0.0 and config.model.architecture.tied is False and config.model.path == "3"
+
+
+def test_tuples_are_set_by_tuples_and_by_lists(tmp_path):
+    overrides = ["banned=[4,5]", "bias=((4,1),[7,-2.5])", "forced=[(0,8)]", "stop=[' ','=']", "top_k=5"]
+    config = schema.load("quickstart", [f"--config.sampling.{each}" for each in overrides])
+    law = Law(top_k=5, banned=(4, 5), bias=((4, 1.0), (7, -2.5)), forced=((0, 8),))
+    assert config.sampling.law == law and config.sampling.stop == (" ", "=")
+    assert type(config.sampling.bias[0][1]) is float
+    again = schema.from_dict(json.loads(json.dumps(schema.to_dict(config))))
+    assert again == config and hash(again.sampling) == hash(config.sampling)
+    source = file(tmp_path, "config.sampling.banned = [4, 5]\n    config.sampling.stop = (' ',)")
+    assert schema.load(source).sampling.banned == (4, 5)
+
+
+def test_every_setting_of_the_law_is_one_of_the_config_with_the_same_default():
+    own = {field.name: field.default for field in dataclasses.fields(schema.SamplingConfig)}
+    law = {field.name: field.default for field in dataclasses.fields(Law)}
+    assert law.pop("greedy") is False and law.items() <= own.items()
+
+
+def test_long_prompts_are_left_out_or_cut_or_refused(tmp_path):
+    """The same problems in three runs, held out and for training; the problems of an endless stream are not looked through."""
+    limit = "sampling.max_prompt_tokens=20"
+    left, cut, whole = (
+        build(tmp_path / name, *more, "task.kwargs.heldout_size=40")
+        for name, more in (("left", (limit,)), ("cut", (limit, "sampling.overlong=cut")), ("whole", ("sampling.overlong=refuse",)))
+    )
+    lengths = [len(row) for row in whole.tokenizer.encode_prompts([whole.task.messages(each) for each in whole.task.heldout])]
+    long = sum(length > 20 for length in lengths)
+    assert 0 < long < 40 and left.overlong == cut.overlong == long and whole.overlong == 0
+    assert (len(left.task.heldout), len(cut.task.heldout)) == (40 - long, 40)
+
+    numbered = list(enumerate(cut.task.heldout))
+    short = prompt_batch(numbered, task=cut.task, tokenizer=cut.tokenizer, **prompt_limits(cut.config.sampling))
+    full = prompt_batch(numbered, task=cut.task, tokenizer=cut.tokenizer, **prompt_limits(whole.config.sampling))
+    assert short.prompt.shape == (40, 20) and (short.prompt == full.prompt[:, -20:]).all()
+    assert short.prompt_mask.sum() == sum(min(length, 20) for length in lengths)
+    with pytest.raises(ValueError, match="expected 1 to 20"):
+        prompt_batch(numbered, task=cut.task, tokenizer=cut.tokenizer, **prompt_limits(left.config.sampling))
+
+    finite = dataclasses.replace(whole.task, train=whole.task.heldout.__getitem__, train_size=40)
+    for each, size in ((left, 40 - long), (cut, 40)):
+        stream, overlong = experiments.training_stream(each._replace(task=finite))
+        assert overlong == long and len({problem.id for _, problem in stream(0, size)}) == size
+    refusing = dataclasses.replace(left.config, sampling=dataclasses.replace(left.config.sampling, overlong="refuse"))
+    with pytest.raises(ValueError, match=rf"{long} of 40 training prompts are longer than max_prompt_tokens = 20"):
+        experiments.training_stream(left._replace(task=finite, config=refusing))
 
 
 def test_a_config_does_not_change_once_it_is_loaded():

@@ -23,7 +23,7 @@ from jaxreason import config as schema
 from jaxreason import sharding
 from jaxreason.cli.main import DONE, INTERRUPTED
 from jaxreason.cli.progress import before_after_table, make_progress, side_by_side, visible
-from jaxreason.data.batching import prompt_batch
+from jaxreason.data.batching import prompt_batch, prompt_limits
 from jaxreason.models import huggingface, lora
 from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import folder as folders
@@ -182,8 +182,9 @@ def evaluate(given: argparse.Namespace) -> int:
     experiment, params, source = _open(given.run)
     metrics, _ = experiments.evaluator(experiment)(params)
     console = Console(soft_wrap=True)
-    left_out = f" ({experiment.left_out} left out: their prompts are too long)" if experiment.left_out else ""
-    console.print(f"{source}; {len(experiment.task.heldout)} held-out problems{left_out}, greedy", highlight=False)
+    fate = "cut" if experiment.config.sampling.overlong == "cut" else "left out"
+    overlong = f" ({experiment.overlong} {fate}: their prompts are too long)" if experiment.overlong else ""
+    console.print(f"{source}; {len(experiment.task.heldout)} held-out problems{overlong}, greedy", highlight=False)
     for name, value in metrics.items():
         console.print(f"{name} = {value:.4f}", highlight=False)
     return DONE
@@ -208,6 +209,8 @@ def sample(given: argparse.Namespace) -> int:
             "group": group,
             "eos_ids": e.tokenizer.eos_ids,
             "pad_id": e.tokenizer.pad_id,
+            "stop": e.stop,
+            "lanes": shards,
         }
         return sample_and_score(model, e.scoring, params, prompts, None if given.greedy else key, **where)
 
@@ -224,10 +227,10 @@ def sample(given: argparse.Namespace) -> int:
             [(number, problem)] * shards,
             task=e.task,
             tokenizer=e.tokenizer,
-            max_prompt_tokens=config.sampling.max_prompt_tokens,
+            **prompt_limits(config.sampling),
         )
         sampled, parts = sharding.fetch(compiled(params, placer(e.mesh)(prompts), jax.random.key(given.seed)))
-        groups = completions(sampled, e.tokenizer)
+        groups = completions(sampled, e.tokenizer, stop=e.stop)
         parts = {**parts, **score_on_host(e.scoring, [problem] * shards, groups)}
         for g, completion in enumerate(groups[0]):
             # without a reference nothing can be said of accuracy

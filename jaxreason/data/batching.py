@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 
 from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.tasks.task import Task
 from jaxreason.types import Demonstration, Problem
 
@@ -15,17 +17,23 @@ LARGEST_INTEGER = 2**31 - 1
 NO_INTEGER = -(2**31)  # stands for a reference that is none; 0 would reward a completion that answers 0
 
 
+class Limits(TypedDict):
+    max_prompt_tokens: int
+    cut: bool
+
+
 def prompt_batch(
-    numbered: Sequence[tuple[int, Problem]], *, task: Task, tokenizer: Tokenizer, max_prompt_tokens: int
+    numbered: Sequence[tuple[int, Problem]], *, task: Task, tokenizer: Tokenizer, max_prompt_tokens: int, cut: bool = False
 ) -> PromptBatch:
     """Prompts of numbered problems as NumPy arrays, padded on the left.
 
-    Raises ValueError where a prompt is longer than `max_prompt_tokens`.
+    Where a prompt is longer than `max_prompt_tokens`, its beginning is cut off, or else a ValueError raised.
     """
     rows = tokenizer.encode_prompts([task.messages(problem) for _, problem in numbered])
     prompt = np.full((len(rows), max_prompt_tokens), tokenizer.pad_id, np.int32)
     mask = np.zeros(prompt.shape, bool)
     for i, (row, (_, problem)) in enumerate(zip(rows, numbered, strict=True)):
+        row = row[-max_prompt_tokens:] if cut else row
         if not 0 < len(row) <= max_prompt_tokens:
             raise ValueError(
                 f"the prompt of problem {problem.id} has {len(row)} tokens: expected 1 to {max_prompt_tokens}; "
@@ -35,6 +43,11 @@ def prompt_batch(
         mask[i, -len(row) :] = True
     number = np.asarray([number % 2**32 for number, _ in numbered], np.uint32)
     return PromptBatch(prompt, mask, number, np.asarray([integer_answer(p) for _, p in numbered], np.int32))
+
+
+def prompt_limits(sampling: SamplingConfig) -> Limits:
+    """What a run's config says of long prompts, as `prompt_batch` takes it."""
+    return {"max_prompt_tokens": sampling.max_prompt_tokens, "cut": sampling.overlong == "cut"}
 
 
 def integer_answer(problem: Problem) -> int:
@@ -53,10 +66,11 @@ def demonstration_batch(
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
     max_completion_tokens: int,
+    cut: bool = False,
 ) -> RolloutBatch:
     """Demonstrations as groups of one, in NumPy arrays; the stop token is in the mask, so that stopping is learnt too."""
     numbered = [(0, demonstration.problem) for demonstration in demonstrations]
-    prompts = prompt_batch(numbered, task=task, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens)
+    prompts = prompt_batch(numbered, task=task, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, cut=cut)
     rows = tokenizer.encode_completions([demonstration.completion for demonstration in demonstrations])
     completion = np.full((len(rows), 1, max_completion_tokens), tokenizer.pad_id, np.int32)
     mask = np.zeros(completion.shape, bool)

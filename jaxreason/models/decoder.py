@@ -25,7 +25,7 @@ from jaxreason.models.config import Architecture, Numerics, stacks
 from jaxreason.models.declare import LANGUAGE, declare
 from jaxreason.models.families import Head
 from jaxreason.models.spec import Specs
-from jaxreason.numerics import at_least_float32, token_logprobs
+from jaxreason.numerics import TokenLaw, at_least_float32, token_logprobs
 
 Params = Any
 
@@ -65,7 +65,7 @@ class Decode(Protocol):
 
 class Logprobs(Protocol):
     def __call__(
-        self, params: Params, hidden: jax.Array, completion: jax.Array, *, temperature: float
+        self, params: Params, hidden: jax.Array, completion: jax.Array, *, law: TokenLaw
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -85,7 +85,8 @@ class Model(NamedTuple):
     prepare_sampling: Callable[[Params], Params]  # params in the form that decoding reads fastest
     project: Callable[[Params, jax.Array], jax.Array]  # params, hidden [rows,D] -> logits [rows,V]
     numerics: Numerics
-    # params, hidden [P,G,T,D], completion [P,G,T] -> [P,G,T] twice, each device its own tokens; None: see numerics.token_logprobs
+    # params, hidden [P,G,T,D], completion [P,G,T] -> [P,G,T] twice, each device its own tokens; None: see numerics.token_logprobs.
+    # What its law is told has the completion's shape
     logprobs: Logprobs | None = None
     balance_weight: float = 0.0  # of the load-balance loss, beside the policy's
 
@@ -315,30 +316,33 @@ def _moved_on(hidden: Float[Array, "R n D"], prompt_tokens: int, group: int, c: 
 
 
 def _logprobs(
-    params: Params, hidden: Float[Array, "P G T D"], completion: Int[Array, "P G T"], *, temperature: float, c: Context
+    params: Params, hidden: Float[Array, "P G T D"], completion: Int[Array, "P G T"], *, law: TokenLaw, c: Context
 ) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
-    """Log-probability of each completion token under softmax(logits / temperature), and the law's entropy.
+    """Log-probability of each completion token under the law, and the law's entropy.
 
     A device takes its own tokens, chunk by chunk. The head is gathered once for all chunks, and its gradient summed once.
     """
     split = tuple(axis for axis in sharding.RULES["pieces"] if c.mesh.shape[axis] > 1)
     chunk = c.numerics.logits_chunk_tokens
 
-    def own(head: jax.Array, hidden: jax.Array, completion: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def own(head: jax.Array, hidden: jax.Array, completion: jax.Array, told: Any, row: Any) -> tuple[jax.Array, jax.Array]:
         # said before the chunks, not in each: where the head is said to differ between devices, its gradient is summed over them
         head = jax.lax.pcast(head, split, to="varying")
         rows, target = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), completion.reshape(completion.shape[0], -1)
         project = partial(block.project, {"head": head}, c=c)
-        logp, entropy = token_logprobs(rows, project, target, temperature=temperature, chunk_tokens=chunk)
+        mine = TokenLaw(law.shape, jax.tree.map(lambda x: x.reshape(target.shape), told), row)
+        logp, entropy = token_logprobs(rows, project, target, law=mine, chunk_tokens=chunk)
         return logp.reshape(completion.shape), entropy.reshape(completion.shape)
 
     head = block.head(params)
     if not split:
-        return own(head, hidden, completion)
+        return own(head, hidden, completion, law.told, law.row)
     head = c.constrain(head.astype(at_least_float32(head.dtype)), (None, "vocab"))
     tokens = completion.shape[2]
     more = ((0, 0), (0, 0), (0, _up_to_parts(tokens, c) - tokens))
     rows = PartitionSpec(tuple(a for a in split if a != "sequence"), None, tuple(a for a in split if a == "sequence"))
-    run = jax.shard_map(own, mesh=c.mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, axis_names=set(split))
-    logp, entropy = run(head, jnp.pad(hidden, (*more, (0, 0))), jnp.pad(completion, more))
+    given = (PartitionSpec(), rows, rows, rows, PartitionSpec(rows[0]))
+    run = jax.shard_map(own, mesh=c.mesh, in_specs=given, out_specs=rows, axis_names=set(split))
+    told = jax.tree.map(lambda x: jnp.pad(x, more), law.told)
+    logp, entropy = run(head, jnp.pad(hidden, (*more, (0, 0))), jnp.pad(completion, more), told, law.row)
     return logp[:, :, :tokens], entropy[:, :, :tokens]

@@ -24,6 +24,9 @@ from jaxreason.models.spec import Specs
 from jaxreason.models.tokenizer import Tokenizer, load_tokenizer, save_word_tokenizer
 from jaxreason.objectives import Algorithm
 from jaxreason.pipelines.folder import PARTIAL_TOKENIZER
+from jaxreason.sampling import law, stops
+from jaxreason.sampling.rollout import SamplingConfig
+from jaxreason.sampling.stops import StopStrings
 from jaxreason.tasks.task import Task
 from jaxreason.training import supervised
 from jaxreason.training.collect import Scoring, make_scoring
@@ -47,7 +50,8 @@ class Experiment(NamedTuple):
     algorithm: Algorithm
     scoring: Scoring
     source: Path | None  # the checkpoint's folder, where there is one
-    left_out: int  # held-out problems whose prompts are too long, which `task` no longer has
+    stop: StopStrings | None  # strings that end completions
+    overlong: int  # held-out problems whose prompts are too long, which are cut, or `task` no longer has
 
 
 def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
@@ -122,21 +126,34 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
         model = model._replace(specs=lora.declare_lora(specs, config.model.lora))
     vocabulary = tokenizer.vocabulary(architecture.vocab_size)
     scoring = make_scoring(config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids)
-    heldout = [task.heldout[i] for i in _fitting(task, task.heldout, tokenizer, config.sampling.max_prompt_tokens)]
+    law.check(config.sampling.law, vocab_size=architecture.vocab_size, eos_ids=tokenizer.eos_ids)
+    stop = stops.stop_strings(config.sampling.stop, vocabulary)
+    fitting, overlong = _kept(task.heldout, "held-out", task, tokenizer, config.sampling)
+    heldout = [task.heldout[i] for i in fitting]
     if not heldout:
         raise ValueError(
             f"config.sampling.max_prompt_tokens is {config.sampling.max_prompt_tokens}, and every held-out prompt of task "
             f"'{task.name}' is longer: raise it"
         )
-    left_out = len(task.heldout) - len(heldout)
     task = dataclasses.replace(task, heldout=heldout)
-    return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, left_out)
+    return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, stop, overlong)
 
 
-def _fitting(task: Task, problems: Sequence[Problem], tokenizer: Tokenizer, limit: int) -> list[int]:
-    """The indices of those problems whose prompts have at most `limit` tokens."""
+def _kept(
+    problems: Sequence[Problem], kind: str, task: Task, tokenizer: Tokenizer, sampling: SamplingConfig
+) -> tuple[list[int], int]:
+    """The indices of the problems to use, and how many have prompts that are too long; a ValueError where those are refused."""
+    limit = sampling.max_prompt_tokens
     rows = tokenizer.encode_prompts([task.messages(problem) for problem in problems])
-    return [index for index, row in enumerate(rows) if len(row) <= limit]
+    fitting = [index for index, row in enumerate(rows) if len(row) <= limit]
+    overlong = len(rows) - len(fitting)
+    if overlong and sampling.overlong == "refuse":
+        raise ValueError(
+            f"config.sampling.overlong is 'refuse', and {overlong} of {len(rows)} {kind} prompts are longer than "
+            f"max_prompt_tokens = {limit}, the longest {max(map(len, rows))} tokens: raise that, or set overlong to 'cut' or "
+            "'leave_out'"
+        )
+    return list(range(len(rows))) if sampling.overlong == "cut" else fitting, overlong
 
 
 def check_attention(experiment: Experiment) -> None:
@@ -187,17 +204,18 @@ def evaluator(experiment: Experiment) -> Evaluate:
         tokenizer=e.tokenizer,
         sampling=e.config.sampling,
         config=e.config.evaluation,
+        stop=e.stop,
     )
 
 
 def training_stream(experiment: Experiment) -> tuple[Stream, int]:
-    """The stream of training problems, and how many were left out for a prompt that is too long."""
+    """The stream of training problems, and how many have a prompt that is too long; of an endless stream that is not known."""
     e = experiment
     if e.task.train_size is None:
         return problem_stream(e.task.train, numbers=None, seed=e.config.seed), 0
     problems = [e.task.train(number) for number in range(e.task.train_size)]
-    fitting = _fitting(e.task, problems, e.tokenizer, e.config.sampling.max_prompt_tokens)
-    return problem_stream(e.task.train, numbers=fitting, seed=e.config.seed), e.task.train_size - len(fitting)
+    kept, overlong = _kept(problems, "training", e.task, e.tokenizer, e.config.sampling)
+    return problem_stream(e.task.train, numbers=kept, seed=e.config.seed), overlong
 
 
 def describe(e: Experiment) -> str:

@@ -68,12 +68,13 @@ def train(
     log = RunLog(workdir)
     log.write_json("config.json", configs.to_dict(config))
     evaluate = evaluator(e)
-    stream, left_out = training_stream(e)
+    stream, overlong = training_stream(e)
     progress.message(describe(e))
-    for kind, count in (("training", left_out), ("held-out", e.left_out)):
+    fate = "cut at their beginning" if config.sampling.overlong == "cut" else "left out"
+    for kind, count in (("training", overlong), ("held-out", e.overlong)):
         if count:
             limit = config.sampling.max_prompt_tokens
-            progress.message(f"{count} {kind} problems are left out: their prompts are longer than max_prompt_tokens = {limit}")
+            progress.message(f"{count} {kind} problems are {fate}: their prompts are longer than max_prompt_tokens = {limit}")
 
     # ---- supervised phases
     params, base = initial_params(e), None
@@ -195,6 +196,7 @@ def _online(
         eos_ids=e.tokenizer.eos_ids,
         pad_id=e.tokenizer.pad_id,
         seed=e.config.seed,
+        stop=e.stop,
     )
     with _checkpointer(e, workdir, online.STAGE) as checkpointer:
         state, start = _restore(e, checkpointer, optimizer, online.STAGE, params=params, log=log, progress=progress)
@@ -217,6 +219,7 @@ def _online(
             log=log,
             progress=progress,
             stop=stop,
+            stop_strings=e.stop,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxreason.numerics import at_least_float32
+from jaxreason.batch import RolloutBatch
+from jaxreason.numerics import TokenLaw, at_least_float32
 
 # A logit of probability exactly 0, far from overflow. Finite: in an entropy and in gradients 0 * inf would be NaN.
 FORBIDDEN = float(np.finfo(np.float32).min) / 2
@@ -145,6 +146,42 @@ def shape(
     if kept is None:
         return value
     return jnp.where(kept if own is None else kept | own, value, FORBIDDEN)
+
+
+def of_tokens(law: Law, batch: RolloutBatch, *, vocab_size: int) -> TokenLaw:
+    """The law for a trainer that scores the batch's completions, token by token and chunk by chunk (numerics.token_logprobs).
+
+    A forced token is no choice and has no place in a loss, so here its law is that of the others. For a repetition penalty the
+    place is noted at which a completion first has each token, [P, G, V] int32: what comes after it has seen it.
+    """
+    law = replace(law, forced=(), greedy=False)
+    _, group, tokens = batch.completion.shape
+    told = first = None
+    if law.repetition_penalty != 1:
+        place = jnp.arange(group * tokens, dtype=jnp.int32).reshape(1, group, tokens)
+        told, first = jnp.broadcast_to(place, batch.completion.shape), _first_places(batch, vocab_size)
+
+    def shaped(logits: jax.Array, target: jax.Array, told: Any, first: Any) -> jax.Array:
+        seen = None
+        if first is not None:
+            own = jax.vmap(lambda table, row: table[row])(first, told // tokens)
+            seen = (own < (told % tokens)[..., None]).reshape(-1, vocab_size)
+        return shape(logits.reshape(-1, vocab_size), law, seen=seen, chosen=target.reshape(-1)).reshape(logits.shape)
+
+    return TokenLaw(shaped, told, first)
+
+
+def _first_places(batch: RolloutBatch, vocab_size: int) -> Int[Array, "P G V"]:
+    """The place in each completion at which each token stands first: -1 where in the prompt, that of the end where nowhere."""
+    tokens = batch.completion.shape[2]
+
+    def one(prompt: jax.Array, mask: jax.Array, completion: jax.Array) -> jax.Array:
+        none = jnp.full(vocab_size, tokens, jnp.int32)
+        table = none.at[completion].min(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
+        return table.at[jnp.where(mask, prompt, vocab_size)].set(-1, mode="drop")
+
+    group = jax.vmap(one, in_axes=(None, None, 0))
+    return jax.vmap(group)(batch.prompt, batch.prompt_mask, batch.completion)
 
 
 def _permitted(law: Law, allowed: jax.Array | None, vocab: int) -> jax.Array | None:

@@ -6,7 +6,7 @@ the batch. Log-probability and mask are recorded where the token is sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,27 +15,44 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxreason.batch import PromptBatch
 from jaxreason.models.decoder import Model
-from jaxreason.sampling import engine
+from jaxreason.sampling import engine, stops
 from jaxreason.sampling.engine import Queue, Rules
 from jaxreason.sampling.law import Law
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the policy is sampled."""
+    """How the policy is sampled. Training scores under the same law: see sampling/law.py, whose settings these are."""
 
     max_prompt_tokens: int = 26
     max_completion_tokens: int = 36
-    temperature: float = 1.0  # the law of both sampling and training is softmax(logits / temperature)
+    overlong: str = "leave_out"  # problems with longer prompts: 'leave_out' | 'cut' (their beginning) | 'refuse'
+    temperature: float = 1.0  # softmax(logits / temperature), of what the other settings leave
+    top_k: int = 0  # the k likeliest tokens and all that equal the last of them; 0: all
+    top_p: float = 1.0  # the fewest likeliest tokens with this much probability, and all that equal the last of them
+    min_p: float = 0.0  # tokens at least this many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1, what was seen gets less likely
+    banned: tuple[int, ...] = ()  # token ids that are never drawn
+    forced: tuple[tuple[int, int], ...] = ()  # (position in the completion from 0, the token id that stands there)
+    bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its score)
+    stop: tuple[str, ...] = ()  # strings that end a completion, and are left out of its text
+    slots: int = 0  # completions that grow at a time, which bounds the cache; 0: all of them
+
+    @property
+    def law(self) -> Law:
+        own = {each.name for each in fields(self)}
+        return Law(**{each.name: getattr(self, each.name) for each in fields(Law) if each.name in own})
 
 
 class Sampled(NamedTuple):
     """What came out; arrays [P, G, T] and [P, G]."""
 
     completion: Int[Array, "P G T"]
-    mask: Bool[Array, "P G T"]  # the policy chose this token; its stop token included
+    mask: Bool[Array, "P G T"]  # the policy chose this token; its stop token included, forced ones not
     logp: Float[Array, "P G T"]  # of the token, under the law that sampled it
-    truncated: Bool[Array, "P G"]  # no stop token within the budget
+    truncated: Bool[Array, "P G"]  # no stop token or string within the budget
+    stopped: Bool[Array, "P G"]  # ended by a stop string
+    length: Int[Array, "P G"]  # tokens, forced ones included
 
 
 def completion_keys(key: jax.Array, problem: Integer[Array, " P"], *, group: int) -> jax.Array:
@@ -60,18 +77,20 @@ def sample(
     pad_id: int,
     temperature: float = 1.0,
     law: Law | None = None,
+    search: stops.Machine | None = None,
     slots: int = 0,
     lanes: int = 1,
 ) -> Sampled:
     """`group` completions of each prompt, by softmax(logits / temperature) or another law; without a key greedy. To be traced.
 
-    Tokens after a completion's end are `pad_id` with mask False. With fewer `slots` than completions (0: as many) a slot
-    takes the next completion when its own has ended, and what comes out is the same. `lanes`: devices that problems are split over.
+    Tokens after a completion's end are `pad_id` with mask False. `search` finds stop strings. With fewer `slots` than completions
+    (0: as many) a slot takes the next completion when its own has ended, and what comes out is the same. `lanes`: devices that
+    problems are split over.
     """
     problems, tokens = prompts.prompt.shape[0], max_completion_tokens
     total = problems * group
     law = Law(temperature=temperature) if law is None else law
-    rules = Rules(replace(law, greedy=True) if key is None else law, eos_ids, pad_id)
+    rules = Rules(replace(law, greedy=True) if key is None else law, eos_ids, pad_id, search)
     params = model.prepare_sampling(params)
     roots = engine.open(model, params, prompts.prompt, prompts.prompt_mask, rules=rules)
     keys = completion_keys(jax.random.key(0) if key is None else key, prompts.problem, group=group).reshape(-1)
@@ -98,4 +117,6 @@ def sample(
         record.mask.reshape(*shape, tokens),
         record.logp.reshape(*shape, tokens),
         (record.status == engine.LENGTH).reshape(shape),
+        (record.status == engine.STOP_STRING).reshape(shape),
+        record.length.reshape(shape),
     )

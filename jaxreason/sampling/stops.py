@@ -13,8 +13,9 @@ Absent on purpose: end-of-sequence ids as stops, which are a comparison of ids a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int8, Int32, UInt32
@@ -63,6 +64,14 @@ class Cut(NamedTuple):
     after: int  # bytes left out because they follow the stop string: they are in the tokens and not in the text
 
 
+class StopStrings(NamedTuple):
+    """The strings that end a run's completions, as the device looks for them and as the host cuts at them."""
+
+    strings: tuple[str, ...]
+    vocabulary: Sequence[bytes | None]
+    machine: Any  # a Machine of NumPy arrays, which belong to no device
+
+
 class Grammar(NamedTuple):
     """A regular expression over token ids. State 0 is 'over', by an EOS or beyond repair: EOS alone is allowed there."""
 
@@ -91,6 +100,12 @@ def stop_machine(vocabulary: Sequence[bytes | None], *, stops: Sequence[str] = (
         tables = [_padded(part) for part in np.split(table, 4)]
     following, event, *counts = tables
     return Machine(*(jnp.asarray(table) for table in (column_of, following, event.astype(np.int8), *counts)))
+
+
+def stop_strings(strings: tuple[str, ...], vocabulary: Sequence[bytes | None]) -> StopStrings | None:
+    """Where there are any, ready for a training run's programs, of which their tables are constants."""
+    machine = stop_machine(vocabulary, stops=strings) if strings else None
+    return None if machine is None else StopStrings(strings, vocabulary, jax.tree.map(np.asarray, machine))
 
 
 def step(machine: Machine, state: Int32[Array, "*N"], token: Int32[Array, "*N"]) -> Found:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreason import naming, rewards, sharding
@@ -21,7 +22,9 @@ from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.rewards.traced import TracedRule, weighted_total
+from jaxreason.sampling import stops
 from jaxreason.sampling.rollout import Sampled, SamplingConfig, sample
+from jaxreason.sampling.stops import StopStrings
 from jaxreason.types import Completion, Problem, Reward, RewardFn, StopReason
 
 Parts = Mapping[str, jax.Array]  # name -> [P, G]
@@ -87,8 +90,13 @@ def sample_and_score(
     group: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    stop: StopStrings | None = None,
+    lanes: int = 1,
 ) -> tuple[Sampled, dict[str, jax.Array]]:
-    """Completions and the traced parts of their reward; greedy without a key. To be traced."""
+    """Completions and the traced parts of their reward; greedy without a key. To be traced.
+
+    Traced rules see whole tokens: what a stop string is, and what follows it in its last token, is part of the text for them.
+    """
     sampled = sample(
         model,
         params,
@@ -98,9 +106,14 @@ def sample_and_score(
         max_completion_tokens=config.max_completion_tokens,
         eos_ids=eos_ids,
         pad_id=pad_id,
-        temperature=config.temperature,
+        law=config.law,
+        search=None if stop is None else jax.tree.map(jnp.asarray, stop.machine),
+        slots=config.slots,
+        lanes=lanes,
     )
-    return sampled, {name: rule(prompts, sampled.completion, sampled.mask) for name, rule in scoring.traced.items()}
+    place = jnp.arange(config.max_completion_tokens, dtype=jnp.int32)
+    written = place[None, None] < sampled.length[..., None] if config.forced else sampled.mask
+    return sampled, {name: rule(prompts, sampled.completion, written) for name, rule in scoring.traced.items()}
 
 
 def total_reward(scoring: Scoring, parts: Parts, key: jax.Array) -> jax.Array:
@@ -124,19 +137,20 @@ def rollout_batch(prompts: PromptBatch, sampled: Sampled, reward: jax.Array) -> 
     )
 
 
-def completions(sampled: Sampled | Shown, tokenizer: Tokenizer) -> list[list[Completion]]:
-    """Sampled tokens (on the host) as text, [P][G]."""
-    return [
-        [
-            Completion(
-                text=tokenizer.decode(tokens[mask].tolist()),
-                tokens=tokens[mask].tolist(),
-                stop=StopReason.LENGTH if truncated else StopReason.EOS,
-            )
-            for tokens, mask, truncated in zip(*group, strict=True)
-        ]
-        for group in zip(sampled.completion, sampled.mask, sampled.truncated, strict=True)
-    ]
+def completions(sampled: Sampled | Shown, tokenizer: Tokenizer, *, stop: StopStrings | None = None) -> list[list[Completion]]:
+    """Sampled tokens (on the host) as text, [P][G]; what was ended by a stop string is cut where that begins."""
+
+    def one(tokens: Any, mask: Any, truncated: Any, stopped: Any, length: Any) -> Completion:
+        written = tokens[:length].tolist()
+        reason = StopReason.LENGTH if truncated else StopReason.STOP_STRING if stopped else StopReason.EOS
+        told = {"tokens": written, "stop": reason, "mask": mask[:length].tolist()}
+        if stop is None or not stopped:
+            return Completion(tokenizer.decode(written), **told)
+        cut = stops.cut(written, stop.vocabulary, stops=stop.strings)
+        return Completion(cut.text, **told, after_stop=cut.after)
+
+    rows = (sampled.completion, sampled.mask, sampled.truncated, sampled.stopped, sampled.length)
+    return [[one(*each) for each in zip(*group, strict=True)] for group in zip(*rows, strict=True)]
 
 
 def score_on_host(scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]]) -> dict[str, np.ndarray]:
@@ -154,16 +168,20 @@ class Shown(NamedTuple):
 
     completion: Any  # [P', G, T]
     mask: Any
-    truncated: Any
-    reward: Any  # [P', G]
+    truncated: Any  # [P', G]
+    stopped: Any
+    length: Any
+    reward: Any
     advantage: Any
     parts: Mapping[str, Any]
 
 
-def rows_of(shown: Shown, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def rows_of(
+    shown: Shown, problems: Sequence[Problem], tokenizer: Tokenizer, *, stop: StopStrings | None = None
+) -> list[dict[str, Any]]:
     """Shown rollouts as records for `rollouts.jsonl`."""
     rows = []
-    for p, group in enumerate(completions(shown, tokenizer)):
+    for p, group in enumerate(completions(shown, tokenizer, stop=stop)):
         for g, completion in enumerate(group):
             parts = {name: float(values[p, g]) for name, values in shown.parts.items()}
             reward = Reward(float(shown.reward[p, g]), parts)

@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason import sharding
-from jaxreason.data.batching import prompt_batch
+from jaxreason.data.batching import prompt_batch, prompt_limits
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.sampling.rollout import SamplingConfig
+from jaxreason.sampling.stops import StopStrings
 from jaxreason.tasks.task import Task
 from jaxreason.training.collect import Scoring, completions, placer, record, sample_and_score, score_on_host
 from jaxreason.types import Reward
@@ -43,11 +44,16 @@ def make_evaluate(
     tokenizer: Tokenizer,
     sampling: SamplingConfig,
     config: EvaluationConfig,
+    stop: StopStrings | None = None,
 ) -> Evaluate:
-    """evaluate(params) -> (metrics, a record of each greedy completion), over the task's held-out problems."""
+    """evaluate(params) -> (metrics, a record of each greedy completion), over the task's held-out problems.
+
+    Greedy is the likeliest token of the run's law, and completions end where they do in training.
+    """
     problems = task.heldout
     size = config.problems_per_batch
-    run = partial(sample_and_score, model, scoring, config=sampling, group=1, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    ends = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id, "stop": stop}
+    run = partial(sample_and_score, model, scoring, config=sampling, group=1, lanes=sharding.problem_shards(mesh), **ends)
     everywhere = sharding.named(mesh)
     greedy = jax.jit(lambda params, prompts: run(params, prompts, None), out_shardings=everywhere)
     place = placer(mesh)
@@ -57,11 +63,9 @@ def make_evaluate(
         for start in range(0, len(problems), size):
             part = list(problems[start : start + size])
             full = [*part, *([part[-1]] * (size - len(part)))]  # one shape, so one compilation
-            prompts = prompt_batch(
-                list(enumerate(full)), task=task, tokenizer=tokenizer, max_prompt_tokens=sampling.max_prompt_tokens
-            )
+            prompts = prompt_batch(list(enumerate(full)), task=task, tokenizer=tokenizer, **prompt_limits(sampling))
             sampled, parts = sharding.fetch(greedy(params, place(prompts)))
-            groups = completions(sampled, tokenizer)
+            groups = completions(sampled, tokenizer, stop=stop)
             parts = {**parts, **score_on_host(scoring, full, groups)}
             for i, problem in enumerate(part):
                 values = {name: float(part_values[i, 0]) for name, part_values in parts.items()}

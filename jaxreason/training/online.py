@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch, TrainState
 from jaxreason.compiling import compiled
-from jaxreason.data.batching import prompt_batch
+from jaxreason.data.batching import prompt_batch, prompt_limits
 from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
@@ -28,6 +28,7 @@ from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.objectives import Algorithm
 from jaxreason.objectives.advantages import zero_variance
 from jaxreason.sampling.rollout import Sampled, SamplingConfig
+from jaxreason.sampling.stops import StopStrings
 from jaxreason.tasks.task import Task
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
@@ -93,18 +94,20 @@ def make_step(
     eos_ids: tuple[int, ...],
     pad_id: int,
     seed: int,
+    stop: StopStrings | None = None,
 ) -> OnlineStep:
     """The jitted forms of one step. `number` is the step's number; all randomness is folded from it and the seed."""
     split = Split(config.problems_per_update, config.problems_per_microbatch, config.epochs)
-    update = make_update(model, algorithm, optimizer, temperature=sampling.temperature, split=split)
+    update = make_update(model, algorithm, optimizer, law=sampling.law, split=split)
 
     def key(kind: int, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), number)
 
     def collect(params: Any, prompts: PromptBatch, number: jax.Array) -> tuple[Sampled, dict[str, jax.Array]]:
         group = config.completions_per_problem
-        where = {"config": sampling, "group": group, "eos_ids": eos_ids, "pad_id": pad_id}
-        return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), **where)
+        where = {"config": sampling, "group": group, "eos_ids": eos_ids, "pad_id": pad_id, "stop": stop}
+        lanes = sharding.problem_shards(mesh)
+        return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), lanes=lanes, **where)
 
     def learn(
         state: TrainState, reference: Any, prompts: PromptBatch, sampled: Sampled, parts: Parts, number: jax.Array
@@ -112,7 +115,10 @@ def make_step(
         reward = total_reward(scoring, parts, key(SHUFFLING, number))
         state, metrics, advantage = update(state, reference, rollout_batch(prompts, sampled, reward))
         metrics |= rollout_metrics(sampled, parts, reward)
-        shown = Shown(sampled.completion, sampled.mask, sampled.truncated, reward, advantage, dict(parts))
+        if stop is not None:
+            metrics["rollout/stop_string"] = jnp.mean(sampled.stopped, dtype=jnp.float32)
+        ends = (sampled.truncated, sampled.stopped, sampled.length)
+        shown = Shown(sampled.completion, sampled.mask, *ends, reward, advantage, dict(parts))
         return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
 
     def fused(state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array) -> tuple[TrainState, Metrics, Shown]:
@@ -161,6 +167,7 @@ def reinforce(
     log: RunLog,
     progress: Progress,
     stop: Callable[[], bool],
+    stop_strings: StopStrings | None = None,
 ) -> Outcome:
     """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns.
 
@@ -174,7 +181,7 @@ def reinforce(
         drawn = [problem for _, problem in stream(begin, config.problems_per_step)]
         # keys are folded from the place in the stream: a step may hold a problem twice, at the border of two epochs
         numbered = [(begin + i, problem) for i, problem in enumerate(drawn)]
-        batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, max_prompt_tokens=sampling.max_prompt_tokens)
+        batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, **prompt_limits(sampling))
         return drawn, place(batch)
 
     programs: dict[str, Any] = {}
@@ -194,7 +201,7 @@ def reinforce(
         begun = time.perf_counter()
         sampled, parts = jax.block_until_ready(collect(policy, prompts, number))
         times["time/sample"], begun = time.perf_counter() - begun, time.perf_counter()
-        groups = completions(sharding.fetch(sampled), tokenizer)
+        groups = completions(sharding.fetch(sampled), tokenizer, stop=stop_strings)
         host = score_on_host(scoring, problems, groups)
         times["time/score"] = time.perf_counter() - begun
         batch = (state, reference, prompts, sampled, {**parts, **place(host)}, number)
@@ -224,7 +231,7 @@ def reinforce(
             values |= evaluate(adapt(reference, state.params))[0]
             clock = time.perf_counter()
         log.metrics(STAGE, step, values)
-        log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer))
+        log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer, stop=stop_strings))
         progress.update(step, values)
 
     step = start

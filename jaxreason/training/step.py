@@ -20,6 +20,8 @@ from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
 from jaxreason.numerics import at_least_float32, masked_mean, token_logprobs
 from jaxreason.objectives import Algorithm, Signals, combine_aux, policy_loss, prepare, weights
+from jaxreason.sampling import law as laws
+from jaxreason.sampling.law import Law
 from jaxreason.training.optimizer import apply_updates
 
 Metrics = dict[str, jax.Array]
@@ -44,17 +46,19 @@ class Scored(NamedTuple):
     balance: jax.Array  # [], the load-balance loss of the model's experts; 0 without
 
 
-def score(model: Model, params: Any, batch: RolloutBatch, *, temperature: float) -> Scored:
-    """Log-probabilities of the completions under softmax(logits / temperature)."""
+def score(model: Model, params: Any, batch: RolloutBatch, *, temperature: float = 1.0, law: Law | None = None) -> Scored:
+    """Log-probabilities of the completions under softmax(logits / temperature), or under the law that sampled them."""
     shape = batch.completion.shape
     hidden, balance = model.forward(params, batch.prompt, batch.prompt_mask, batch.completion, batch.mask)
+    vocab_size = jax.eval_shape(lambda h: model.project(params, h[:, 0, 0]), hidden).shape[1]
+    token_law = laws.of_tokens(Law(temperature=temperature) if law is None else law, batch, vocab_size=vocab_size)
     if model.logprobs is not None:
-        return Scored(*model.logprobs(params, hidden, batch.completion, temperature=temperature), balance)
+        return Scored(*model.logprobs(params, hidden, batch.completion, law=token_law), balance)
     logp, entropy = token_logprobs(
         hidden.reshape(shape[0], shape[1] * shape[2], -1),
         partial(model.project, params),
         batch.completion.reshape(shape[0], -1),
-        temperature=temperature,
+        law=token_law._replace(told=jax.tree.map(lambda x: x.reshape(shape[0], -1), token_law.told)),
         chunk_tokens=model.numerics.logits_chunk_tokens,
     )
     return Scored(logp.reshape(shape), entropy.reshape(shape), balance)
@@ -78,13 +82,23 @@ def over_microbatches(function: Callable[[Any], Any], tree: Any, *, count: int) 
 
 
 def make_update(
-    model: Model, algorithm: Algorithm, optimizer: optax.GradientTransformation, *, temperature: float, split: Split
+    model: Model,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    *,
+    split: Split,
+    temperature: float = 1.0,
+    law: Law | None = None,
 ) -> Callable[[TrainState, Any, RolloutBatch], tuple[TrainState, Metrics, jax.Array]]:
     """update(state, reference_params, batch) -> (state, metrics, advantage): all updates that a rollout batch is used for.
 
+    The law that sampled the batch, softmax(logits / temperature) or another one, is that of every policy in the update: the newest,
+    that of the update's start and the reference.
     Where the state holds adapters alone, the frozen weights beneath them are the reference's, whatever the algorithm needs. The
     advantage is [P, G], that of each completion's first token, as the first pass over the batch saw it.
     """
+
+    sampled_by = Law(temperature=temperature) if law is None else law
 
     def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics, jax.Array]:
         problems = batch.completion.shape[0]
@@ -93,7 +107,7 @@ def make_update(
 
         def logp(params: Any) -> jax.Array:
             def one(part: RolloutBatch) -> jax.Array:
-                return score(model, params, part, temperature=temperature).logp
+                return score(model, params, part, law=sampled_by).logp
 
             return jax.lax.stop_gradient(over_microbatches(one, batch, count=problems // per_micro))
 
@@ -104,7 +118,7 @@ def make_update(
 
         def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
             count = per_update // per_micro
-            return _update(model, algorithm, optimizer, state, reference, part, temperature=temperature, count=count)
+            return _update(model, algorithm, optimizer, state, reference, part, law=sampled_by, count=count)
 
         if updates == 1:
             state, (metrics, advantage) = one_update(state, batch)
@@ -139,7 +153,7 @@ def _update(
     reference: Any,
     batch: RolloutBatch,
     *,
-    temperature: float,
+    law: Law,
     count: int,
 ) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
     """One optimiser step on one update batch, its gradient summed over `count` micro-batches."""
@@ -158,7 +172,7 @@ def _update(
 
     def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
         rows, signals, advantage, weight, token_weight = part
-        logp, entropy, balance = score(model, adapt(reference, params), rows, temperature=temperature)
+        logp, entropy, balance = score(model, adapt(reference, params), rows, law=law)
         value, aux = policy_loss(algorithm, logp, signals, advantage=advantage, weight=weight, token_weight=token_weight)
         del aux["coefficient"]  # [P, G, T], to be looked at elsewhere
         # a product of means over tokens, so micro-batches are averaged: splitting a batch changes it a little

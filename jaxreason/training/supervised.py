@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxreason import objectives, sharding
 from jaxreason.batch import RolloutBatch, TrainState
 from jaxreason.compiling import compiled
-from jaxreason.data.batching import demonstration_batch
+from jaxreason.data.batching import demonstration_batch, prompt_limits
 from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
 from jaxreason.models.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def make_batches(
             [make(number) for number in range(step * size, (step + 1) * size)],
             task=task,
             tokenizer=tokenizer,
-            max_prompt_tokens=sampling.max_prompt_tokens,
+            **prompt_limits(sampling),
             max_completion_tokens=sampling.max_completion_tokens,
         )
 
@@ -124,7 +124,7 @@ def fit(
     Where the state holds adapters alone, `base` are the frozen weights beneath them.
     """
     split = Split(config.demonstrations_per_step, config.demonstrations_per_microbatch)
-    update = make_update(model, objectives.sft(), optimizer, temperature=1.0, split=split)
+    update = make_update(model, objectives.sft(), optimizer, split=split)
     at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
     step_fn = jax.jit(lambda s, frozen, b: update(s, frozen, b)[:2], donate_argnums=0, out_shardings=(at, everywhere))
     place = placer(mesh)

@@ -212,7 +212,8 @@ def fixed_rollouts(mesh: Mesh = ONE) -> RolloutBatch:
     rng = np.random.default_rng(1)
     mask = np.broadcast_to(np.arange(T) < np.array([2, T] * (P // 2))[:, None, None], (P, G, T))
     completion = rng.integers(0, V, (P, G, T)).astype(np.int32)
-    host = Sampled(completion, mask, np.where(mask, -2.5, 0.0).astype(np.float32), mask.all(-1))  # pyright: ignore[reportArgumentType]
+    logp, ended = np.where(mask, -2.5, 0.0).astype(np.float32), mask.all(-1)
+    host = Sampled(completion, mask, logp, ended, ~ended, mask.sum(-1))  # pyright: ignore[reportArgumentType]
     return rolled_out(prompts(mesh), sharding.place(mesh, host, ("problems",)))
 
 

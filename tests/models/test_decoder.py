@@ -17,7 +17,7 @@ from jaxreason.batch import PromptBatch
 from jaxreason.models import cache as caches
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Numerics
-from jaxreason.numerics import token_logprobs
+from jaxreason.numerics import TokenLaw, token_logprobs
 from jaxreason.sampling import logits as laws
 from jaxreason.sampling.rollout import Sampled, sample
 
@@ -357,7 +357,8 @@ def loss_of(chunk_tokens: int) -> Any:
     """value, (log-probabilities, entropies), gradients; the loss weighs every token differently."""
 
     def loss(hidden: jax.Array, head: jax.Array, target: jax.Array) -> Any:
-        logp, entropy = token_logprobs(hidden, lambda h: h @ head, target, temperature=0.7, chunk_tokens=chunk_tokens)
+        law = TokenLaw(lambda z, *_: z / 0.7)
+        logp, entropy = token_logprobs(hidden, lambda h: h @ head, target, law=law, chunk_tokens=chunk_tokens)
         weight = jnp.sin(jnp.arange(logp.size, dtype=jnp.float32)).reshape(logp.shape)
         return jnp.sum(weight * logp), (logp, entropy)
 

@@ -314,7 +314,8 @@ def test_appended_tokens_are_fed_and_not_chosen() -> None:
         kept = slice(before[row], before[row] + int(count[row]))
         np.testing.assert_array_equal(tokens[row, kept], fed[row, : int(count[row])])
         assert not mask[row, kept].any() and mask[row].sum() == out.length[row] - int(count[row])
-    whole = Sampled(tokens[:, None], mask[:, None], np.asarray(out.logp)[:, None], np.zeros((3, 1), bool))
+    none = np.zeros((3, 1), bool)
+    whole = Sampled(tokens[:, None], mask[:, None], np.asarray(out.logp)[:, None], none, none, np.asarray(out.length)[:, None])
     logp = trained(made, prompts, whole, PLAIN)
     np.testing.assert_allclose(np.asarray(out.logp)[mask], logp[:, 0][mask], rtol=0, atol=1e-5)
 

@@ -24,6 +24,7 @@ from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models import cache as caches
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Experts, Latent, Numerics
+from jaxreason.numerics import SOFTMAX
 from jaxreason.sampling.rollout import sample
 from jaxreason.training import state as states
 from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
@@ -323,7 +324,7 @@ def test_the_head_is_gathered_once_and_its_gradient_summed_once() -> None:
     completion = jax.ShapeDtypeStruct((P, G, T), jnp.int32, sharding=jax.NamedSharding(mesh, tokens))
 
     def total(table: jax.Array, hidden: jax.Array, completion: jax.Array) -> jax.Array:
-        logp, _ = model.logprobs({"embed": table}, hidden, completion, temperature=1.0)  # pyright: ignore[reportOptionalCall]
+        logp, _ = model.logprobs({"embed": table}, hidden, completion, law=SOFTMAX)  # pyright: ignore[reportOptionalCall]
         return jnp.sum(jnp.sin(logp))
 
     out = (table.sharding, hidden.sharding)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxreason import config as configs
 from jaxreason import objectives
-from jaxreason.numerics import token_logprobs
+from jaxreason.numerics import TokenLaw, token_logprobs
 from jaxreason.pipelines import experiment
 from jaxreason.training import state as states
 from jaxreason.training.optimizer import make_optimizer
@@ -71,7 +71,9 @@ def test_t15_the_entropy_of_logits_that_were_not_scaled():
     logits = (hidden @ head).astype(np.float64) / 0.5
     law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     arrays = [jax.numpy.asarray(x) for x in (hidden, head, token.astype(np.int32))]
-    logp, entropy = token_logprobs(arrays[0], lambda h: h @ arrays[1], arrays[2], temperature=0.5, chunk_tokens=4)
+    logp, entropy = token_logprobs(
+        arrays[0], lambda h: h @ arrays[1], arrays[2], law=TokenLaw(lambda z, *_: z / 0.5), chunk_tokens=4
+    )
     np.testing.assert_allclose(logp, np.take_along_axis(law, token[..., None], -1)[..., 0], rtol=1e-5)
     np.testing.assert_allclose(entropy, -(np.exp(law) * law).sum(-1), rtol=1e-4)
 
