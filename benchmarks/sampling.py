@@ -51,11 +51,11 @@ RULES = Rules(Law(), (), 0)
 class Bench:
     """The model, its parameters, and programs by name."""
 
-    def __init__(self, *, seed: int, runs: int, matmul: str) -> None:
+    def __init__(self, *, seed: int, runs: int, matmul: str, cache: str) -> None:
         sizes: Any = {"hidden_size": WIDTH, "layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "mlp_size": MLP}
         architecture = Architecture(vocab_size=VOCAB, head_size=WIDTH // HEADS, max_positions=1024, tied=False, **sizes)
         self.mesh = sharding.make_mesh(sharding.MeshConfig())
-        self.model = decoder.make_decoder(architecture, Numerics(matmul_dtype=matmul), self.mesh)
+        self.model = decoder.make_decoder(architecture, Numerics(matmul_dtype=matmul, sampling_cache=cache), self.mesh)
         self.params = spec.init(self.model.specs, jax.random.key(seed), dtype="float32", mesh=self.mesh)
         self.runs, self.rng, self.programs = runs, np.random.default_rng(seed), {}
 
@@ -248,7 +248,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", choices=("uniform", "long_prompts", "uneven", "decode"), help="one workload")
     p.add_argument("--hf-python", default="", help="a Python with torch and transformers")
-    p.add_argument("--matmul", choices=("float32", "bfloat16"), default="float32", help="operands of products, keys and values")
+    p.add_argument("--matmul", choices=("float32", "bfloat16"), default="float32", help="operands of products")
+    p.add_argument("--cache", choices=("", "float32", "bfloat16", "int8"), default="", help="keys and values that are kept")
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
@@ -259,10 +260,11 @@ def main() -> None:
     versions = {"jaxreason": jaxreason.__version__, "jax": jax.__version__, "python": platform.python_version()}
     for name, workload in workloads.items():
         if a.only in (None, name):
-            out = workload(Bench(seed=a.seed, runs=a.runs, matmul=a.matmul))
+            out = workload(Bench(seed=a.seed, runs=a.runs, matmul=a.matmul, cache=a.cache))
             out = {key: round(value, 4) if isinstance(value, float) else value for key, value in out.items()}
             kind = device.device_kind if device.platform != "cpu" else "cpu"
-            print(json.dumps({"bench": f"sampling/{name}", **out, "matmul": a.matmul, "device": kind, "versions": versions}))
+            how = {"matmul": a.matmul, "cache": a.cache, "device": kind, "versions": versions}
+            print(json.dumps({"bench": f"sampling/{name}", **out, **how}))
             sys.stdout.flush()
 
 

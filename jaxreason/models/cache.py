@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxreason import sharding
-from jaxreason.models import attention, block, slot_attention
+from jaxreason.models import attention, block, slot_attention, slot_kernels
 from jaxreason.models.block import Context
 from jaxreason.models.config import Stack, stacks
+from jaxreason.models.rounded import per_array, rounded, swapped
 from jaxreason.models.slot_attention import BLOCK, FEW, NEAR, SHORT, Read, Rows, Seats, Written
 from jaxreason.models.weights import Int8, LowRank, to_int8
 
@@ -39,7 +40,7 @@ class Prompts(NamedTuple):
     """Keys and values of prompts, held once for all who read them. An entry for each stack, with a layers' axis.
 
     Unrolled, each layer is a stack of its own, without that axis. With latent attention the latents of one head are both keys
-    and values, and values are None.
+    and values, and values are None. In eight bits each is a `Rounded`.
     """
 
     k: tuple[Any, ...]  # each [(layers,) P, K, C, Tp]
@@ -51,10 +52,10 @@ class Prompts(NamedTuple):
 class Own(NamedTuple):
     """Keys and values of each slot's own tokens, as `Prompts` has them, but cut into blocks (slot_attention.py).
 
-    An entry is a pair: of the first places, and of the rest, None where rows are short.
+    An entry is a pair: of the first places, and of the rest, None where rows are short or a kernel reads them.
     """
 
-    k: tuple[Any, ...]  # each twice [(layers,) S, K, n, C, B], n blocks of B places
+    k: tuple[Any, ...]  # each twice [(layers,) S, K, n, C, B], n blocks of B places; for a kernel as values
     v: tuple[Any, ...]  # each twice [(layers,) S, K, n, B, C]
 
 
@@ -119,20 +120,25 @@ def prefill(
     axes = ("problems", None, None)
     rotations = block.rotations(jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0), c)
     segments = prompt_mask.astype(jnp.int32)
-    more = -prompt.shape[1] % BLOCK
+    more = -prompt.shape[1] % (BLOCK if _implementation(c) == "xla" else slot_kernels.BLOCK)
 
-    def kept(x: jax.Array | None, order: tuple[int, ...]) -> Any:
+    kind = _kind(c)
+
+    def stored(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.transpose(jnp.pad(x, ((0, 0), (more, 0), (0, 0), (0, 0))), (0, 2, 3, 1) if axis == -1 else (0, 2, 1, 3))
+        return c.constrain(x, ("problems", "kv_heads" if x.shape[1] > 1 else None, None, None))
+
+    def kept(x: jax.Array | None, axis: int) -> Any:
         if x is None:
             return None
-        x = jnp.transpose(jnp.pad(x, ((0, 0), (more, 0), (0, 0), (0, 0))), order)
-        return c.constrain(x, ("problems", "kv_heads" if x.shape[1] > 1 else None, None, None))
+        return per_array(stored, axis, rounded(x) if kind == "int8" else x.astype(kind))
 
     def layer(x: jax.Array, windowed: Any, weights: Params) -> tuple[jax.Array, tuple[Any, Any]]:
         x = c.constrain(x, axes)
         q, k, v = _inputs(weights, x, rotations.of(windowed), c)
         out = attention.row_attention(q, k, k if v is None else v, segments, law=block.law(windowed, c))
         x = x + block.attended(weights, _outputs(weights, out, c), c)
-        return x + block.mlp(weights, x, prompt_mask, c)[0], (kept(k, (0, 2, 3, 1)), kept(v, (0, 2, 1, 3)))
+        return x + block.mlp(weights, x, prompt_mask, c)[0], (kept(k, -1), kept(v, -2))
 
     x, keys, values = block.embed(params, prompt, axes, c), [], []
     for stack, weights, windowed in _runs(params, c):
@@ -145,6 +151,20 @@ def prefill(
     hidden = block.norm(x[:, -1], params["final_norm"], c)
     length = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     return hidden, Prompts(tuple(keys), tuple(values), prompt.shape[1] + more - length, length)
+
+
+def _kind(c: Context) -> str:
+    """The cache's type: by name, or the operands' own, which on accelerators is narrowed to bfloat16."""
+    n = c.numerics
+    narrow = n.matmul_dtype == "float32" and c.mesh.devices.flat[0].platform in ("gpu", "tpu")
+    return n.sampling_cache or ("bfloat16" if narrow else n.matmul_dtype)
+
+
+def _implementation(c: Context) -> str:
+    """What reads the cache."""
+    a, n = c.architecture, c.numerics
+    size = a.latent.kv_rank + a.latent.rotated if a.latent.kv_rank else a.head_size
+    return slot_kernels.choose(n.sampling_attention, platform=c.mesh.devices.flat[0].platform, dtype=n.matmul_dtype, size=size)
 
 
 def _inputs(weights: Params, x: jax.Array, rotation: Any, c: Context) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -160,29 +180,38 @@ def _outputs(weights: Params, out: jax.Array, c: Context) -> jax.Array:
 def empty(prompts: Prompts, *, slots: int, tokens: int, c: Context) -> Own:
     """Room for `tokens` tokens, or a few more, of each of `slots` completions of these prompts."""
     parts = [(1, tokens)] if tokens <= SHORT else [(1, NEAR), (-(-(tokens - NEAR) // BLOCK), BLOCK)]
+    by_kernel = _implementation(c) != "xla"
+    if by_kernel:
+        parts = [(-(-tokens // slot_kernels.BLOCK), slot_kernels.BLOCK)]
 
-    def room(x: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array | None]:
+    def room(x: jax.Array, axis: int, *, blocks: int, size: int) -> jax.Array:
         *lead, _, kv_heads, _, _ = x.shape
         axes = (*(None for _ in lead), "problems", "kv_heads" if kv_heads > 1 else None, None, None, None)
-        made = []
-        for blocks, size in parts:
-            last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
-            made.append(c.constrain(jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype), axes))
-        return made[0], made[1] if made[1:] else None
+        last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
+        return c.constrain(jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype), axes)
 
-    return Own(jax.tree.map(partial(room, axis=-1), prompts.k), jax.tree.map(partial(room, axis=-2), prompts.v))
+    def pairs(axis: int, kept: tuple[Any, ...]) -> tuple[Any, ...]:
+        near, *far = (_map(partial(room, blocks=blocks, size=size), axis, kept) for blocks, size in parts)
+        return tuple(None if x is None else (x, y) for x, y in zip(near, far[0] if far else [None] * len(near), strict=True))
+
+    keys = pairs(-2, tuple(swapped(k) for k in prompts.k)) if by_kernel else pairs(-1, prompts.k)
+    return Own(keys, pairs(-2, prompts.v))
+
+
+def _map(function: Any, axis: int, *kept: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`function(x, ..., axis)` of every stack's arrays."""
+    return tuple(None if of[0] is None else per_array(function, axis, *of) for of in zip(*kept, strict=True))
 
 
 def insert(prompts: Prompts, some: Prompts, row: Int[Array, " R"]) -> Prompts:
     """`prompts` with others, no longer ones, in these rows; what goes to a row that does not exist is dropped."""
     more = _places(prompts) - _places(some)
 
-    def put(there: jax.Array, new: jax.Array, *, axis: int) -> jax.Array:
+    def put(there: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         new = jnp.pad(new, [(more, 0) if each - new.ndim == axis else (0, 0) for each in range(new.ndim)])
         return there.at[row].set(new, mode="drop") if new.ndim == 4 else there.at[:, row].set(new, mode="drop")
 
-    k = jax.tree.map(partial(put, axis=-1), prompts.k, some.k)
-    v = jax.tree.map(partial(put, axis=-2), prompts.v, some.v)
+    k, v = _map(put, -1, prompts.k, some.k), _map(put, -2, prompts.v, some.v)
     first, length = prompts.first.at[row].set(some.first + more, mode="drop"), prompts.length.at[row].set(some.length, mode="drop")
     return Prompts(k, v, first, length)
 
@@ -272,16 +301,17 @@ def _attend(
     c: Context,
 ) -> tuple[jax.Array, Any, Any]:
     """Writes the newest keys and values and attends to them and all before; each device for its own slots and heads."""
-    law = block.law(windowed, c)
+    law, implementation = block.law(windowed, c), _implementation(c)
 
     def run(
         q: Any, new_k: Any, new_v: Any, own: Any, prompts: Any, first: Any, seats: Seats, number: Any, window: Any
     ) -> tuple[jax.Array, Any, Any]:
         (near_k, far_k), (near_v, far_v) = own[0], own[1] or (None, None)
         far = None if far_k is None else Written(far_k, far_v, number)
-        kept = Written(near_k, near_v, number, far).write(new_k, new_v, seats.length)
+        kept = Written(near_k, near_v, number, far, -1 if implementation == "xla" else -2).write(new_k, new_v, seats.length)
         told = law if window is None else law._replace(window=window)
-        out = slot_attention.attend(q, kept, Read(prompts[0], prompts[1], number), first, seats, law=told)
+        read = Read(prompts[0], prompts[1], number)
+        out = slot_attention.attend(q, kept, read, first, seats, law=told, implementation=implementation)
         k, v = (kept.k, kept.far and kept.far.k), (kept.v, kept.far and kept.far.v)
         return out, k, None if kept.v is None else v
 
@@ -296,4 +326,6 @@ def _attend(
     heads = sharding.partition(("problems", None, "heads", None))
     whole = sharding.partition(())
     specs = (heads, new, new, kept, kept, SLOTS, SLOTS, whole, whole)
-    return jax.shard_map(run, mesh=c.mesh, in_specs=specs, out_specs=(heads, kept, kept))(*given)
+    # Pallas does not say over which axes its results vary
+    split = partial(jax.shard_map, check_vma=implementation == "xla")
+    return split(run, mesh=c.mesh, in_specs=specs, out_specs=(heads, kept, kept))(*given)

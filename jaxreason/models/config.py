@@ -192,6 +192,10 @@ class Numerics:
     remat: str = "layer"  # what the backward pass recomputes: 'none' | 'layer' | 'products' (all but them) | 'attention' (it alone)
     logits_chunk_tokens: int = 1024  # tokens whose logits exist at once in training, on each device
     sampling_weights: str = ""  # 'int8': a copy of the weights, rounded channel by channel, samples; '': the weights themselves
+    sampling_cache: str = (
+        ""  # keys and values: 'int8', each rounded by itself | 'bfloat16' | matmul_dtype; '' is that, on GPUs and TPUs bfloat16
+    )
+    sampling_attention: str = ""  # over what is kept: 'xla' | 'pallas' (TPU); '': the platform's
 
     @property
     def activation(self) -> str:
@@ -341,7 +345,9 @@ def check_numerics(numerics: Numerics) -> None:
         ("attention", numerics.attention, ATTENTION),
         ("remat", numerics.remat, REMAT),
         ("sampling_weights", numerics.sampling_weights, ("", "int8")),
+        ("sampling_cache", numerics.sampling_cache, tuple(dict.fromkeys(("", "int8", "bfloat16", pair[1])))),
+        ("sampling_attention", numerics.sampling_attention, ("", "xla", "pallas")),
     ):
         if value not in there:
-            with_types = f" with matmul_dtype '{pair[1]}'" if name.endswith("dtype") else ""
+            with_types = f" with matmul_dtype '{pair[1]}'" if name.endswith(("dtype", "cache")) else ""
             raise ValueError(f"{key}.{name} is '{value}'{with_types}: expected one of {', '.join(repr(each) for each in there)}")

@@ -4,8 +4,8 @@ A prompt's keys and values are held once and read by all of its slots. Own ones 
 as much as it has tokens. Both are read in one of two forms, which merge as softmaxes over parts do (arXiv:2205.14135, section 3.1):
 `whole` reads rows from end to end, which is best when they are short or all full; `blocks` lists the blocks of rows that
 hold anything for a live slot, and goes through that list some at a time, so that its work is the sum of the lengths, not
-slots x the longest. A long row is both: its first places, which most slots have filled, and blocks for the rest. Deliberately
-absent: kernels, of which a slot's row of blocks is a page table.
+slots x the longest. A long row is both: its first places, which most slots have filled, and blocks for the rest. On TPUs
+blocks are a kernel's (slot_kernels.py), which reads them where they lie.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxreason.models import slot_kernels
 from jaxreason.models.attention import Law, softcap
+from jaxreason.models.rounded import Rounded, per_array, rounded, swapped, weighted
+from jaxreason.models.rounded import scores as scores_of
 from jaxreason.numerics import at_least_float32
+
+Cells = jax.Array | Rounded
 
 BLOCK = 32  # keys in a block; rows that are read in blocks are multiples of it
 TOGETHER = 16  # (slot, block) pairs that are read at once: few enough that a CPU's cache holds what is gathered
@@ -52,15 +57,15 @@ class Read(NamedTuple):
     Each lies as its product reads it fastest. Without values the keys are those too.
     """
 
-    k: jax.Array
-    v: jax.Array | None
+    k: Cells
+    v: Cells | None
     number: jax.Array | None = None
 
-    def whole(self) -> tuple[jax.Array, jax.Array]:
+    def whole(self) -> tuple[Cells, Cells]:
         """The layer's keys and values."""
         return _both(self.k, self.v, lambda x, _: x if self.number is None else x[self.number])
 
-    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[Cells, Cells]:
         """Keys [N, K, C, B] and values [N, K, B, C] of each of N (row, block)."""
 
         def read(x: jax.Array, axis: int) -> jax.Array:
@@ -78,20 +83,21 @@ class Written(NamedTuple):
     Short rows are one block; longer ones a block of their first places, and then the `far` ones.
     """
 
-    k: jax.Array
-    v: jax.Array | None
+    k: Cells
+    v: Cells | None
     number: jax.Array | None = None
     far: Written | None = None
+    axis: int = -1  # of the keys' places; -2 where a kernel reads them
 
     @property
     def places(self) -> int:
-        return self.k.shape[-1] * self.k.shape[-3]
+        return self.k.shape[self.axis] * self.k.shape[-3]
 
-    def whole(self) -> tuple[jax.Array, jax.Array]:
+    def whole(self) -> tuple[Cells, Cells]:
         """The layer's first keys and values."""
         return _both(self.k, self.v, lambda x, _: x[:, :, 0] if self.number is None else x[self.number, :, :, 0])
 
-    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[Cells, Cells]:
         """Keys [N, K, C, B] and values [N, K, B, C] of each of N (row, block)."""
 
         def read(x: jax.Array, _: int) -> jax.Array:
@@ -105,17 +111,18 @@ class Written(NamedTuple):
         slots, newest = k.shape[:2]
         place = (start[:, None] + jnp.arange(newest, dtype=jnp.int32)[None]).reshape(-1)
         row = jnp.arange(slots * newest, dtype=jnp.int32) // newest
-        k, v = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (k, v))
+        new = (rounded(k), v if v is None else rounded(v)) if isinstance(self.k, Rounded) else (k, v)
+        k, v = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new)
         return self._write(k, v, row, place, in_turn=newest <= IN_TURN)
 
-    def _write(self, k: jax.Array, v: jax.Array | None, row: jax.Array, place: jax.Array, *, in_turn: bool) -> Written:
+    def _write(self, k: Any, v: Any, row: jax.Array, place: jax.Array, *, in_turn: bool) -> Written:
         """The same of new ones [N, K, C], each with its row and its place."""
         inside, far = (place >= 0) & (place < self.places), None
         if self.far is not None:
             far = self.far._write(k, v, row, place - self.places, in_turn=in_turn)
         first = jnp.argsort(~inside, stable=True).astype(jnp.int32)
         count = jnp.sum(inside, dtype=jnp.int32)
-        size, every = self.k.shape[-1], slice(None)
+        size, every = self.k.shape[self.axis], slice(None)
 
         def scattered(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
             block, within = jnp.where(inside, place // size, self.k.shape[-3]), place % size
@@ -141,14 +148,17 @@ class Written(NamedTuple):
             # XLA's CPU backend takes three times as long for a scatter
             return jax.lax.platform_dependent(buffer, new, cpu=partial(one_by_one, is_key=is_key), default=default)
 
-        values = None if v is None or self.v is None else into(self.v, v, is_key=False)
-        return Written(into(self.k, k, is_key=True), values, self.number, far)
+        def onto(buffer: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            return into(buffer, new, is_key=axis == -1)
+
+        values = None if v is None or self.v is None else per_array(onto, -2, self.v, v)
+        return Written(per_array(onto, self.axis, self.k, k), values, self.number, far, self.axis)
 
 
-def _both(k: jax.Array, v: jax.Array | None, read: Callable[[jax.Array, int], jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _both(k: Cells, v: Cells | None, read: Callable[[jax.Array, int], jax.Array]) -> tuple[Cells, Cells]:
     """`read(x, axis)` of keys and of values, which have their places on this axis."""
-    keys = read(k, -1)
-    return keys, jnp.swapaxes(keys, -2, -1) if v is None else read(v, -2)
+    keys = per_array(read, -1, k)
+    return keys, swapped(keys) if v is None else per_array(read, -2, v)
 
 
 def rows_of(root: Int[Array, " S"], live: Bool[Array, " S"], *, width: int) -> Rows:
@@ -178,11 +188,19 @@ class Part(NamedTuple):
 
 
 def attend(
-    q: Float[Array, "S M H C"], own: Written, prompts: Read, first: Int[Array, " P"], seats: Seats, *, law: Law
+    q: Float[Array, "S M H C"],
+    own: Written,
+    prompts: Read,
+    first: Int[Array, " P"],
+    seats: Seats,
+    *,
+    law: Law,
+    implementation: str = "xla",
 ) -> Float[Array, "S M H Cv"]:
     """softmax(scale q k) v over the prompt and own tokens, the M newest of which stand at `length` on and are in `own`.
 
-    `first` is the first real place of each prompt, which ends where own tokens begin.
+    `first` is the first real place of each prompt, which ends where own tokens begin. Kernels (see slot_kernels.choose) take
+    blocks of 128 places, and own rows of any length in blocks.
     """
     slots, newest, heads, size = q.shape
     kv_heads, before = prompts.k.shape[-3], prompts.k.shape[-1]
@@ -199,8 +217,10 @@ def attend(
     if seats.root is None:
         prompt = _whole(q, *prompts.whole(), position, first, of_prompt, law)
     elif seats.rows is None:
-        keys, values = prompts.whole()
-        prompt = _whole(q, keys[seats.root], values[seats.root], position, first[seats.root], of_prompt, law)
+        keys, values = jax.tree.map(lambda x: x[seats.root], prompts.whole())
+        prompt = _whole(q, keys, values, position, first[seats.root], of_prompt, law)
+    elif implementation != "xla":
+        prompt = Part(*slot_kernels.of_prompts(q, prompts, position + before, first, seats.rows, law=law, by=implementation))
     else:
         rows = seats.rows
         begin = first[rows.root] // BLOCK
@@ -208,7 +228,10 @@ def attend(
         listed = _Listed(rows.slot, rows.root, begin, jnp.where(used, before // BLOCK - begin, 0))
         prompt = _blocks(_nothing(q, prompts), q, prompts, position, first[rows.root], listed, of_prompt, law)
     zero, near = jnp.zeros_like(seats.length), own.places
-    part = _merge(prompt, _whole(q, *own.whole(), position, zero, of_own, law))
+    if implementation != "xla":
+        part = _merge(prompt, Part(*slot_kernels.of_own(q, own, position, seats.live, law=law, by=implementation)))
+    else:
+        part = _merge(prompt, _whole(q, *own.whole(), position, zero, of_own, law))
     if own.far is not None:
         number = jnp.arange(slots, dtype=jnp.int32)
         count = jnp.where(seats.live, jnp.maximum(seats.length + newest - near + BLOCK - 1, 0) // BLOCK, 0)
@@ -239,23 +262,19 @@ def _merge(a: Part, b: Part) -> Part:
     return Part(top, a.total * of_a + b.total * of_b, a.out * of_a[..., None] + b.out * of_b[..., None])
 
 
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=at_least_float32(a.dtype))
-
-
-def _whole(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, first: jax.Array, allowed: Any, law: Law) -> Part:
+def _whole(q: jax.Array, k: Cells, v: Cells, position: jax.Array, first: jax.Array, allowed: Any, law: Law) -> Part:
     """Rows, [R, K, C, N] and [R, K, N, C], from end to end, each for as many slots in order as there are to a row."""
     slots, kv_heads, queries, size = q.shape
     rows, together, newest = k.shape[0], slots // k.shape[0], position.shape[1]
     grouped = jnp.swapaxes(q.reshape(rows, together, kv_heads, queries, size), 1, 2).reshape(rows, kv_heads, -1, size)
-    scores = softcap(_dot("skqc,skcn->skqn", grouped, k), law.softcap)
+    scores = softcap(scores_of("skqc,skcn->skqn", grouped, k), law.softcap)
     scores = scores.reshape(rows, kv_heads, together, newest, -1, k.shape[3])
     key = jnp.arange(k.shape[3], dtype=jnp.int32)
     seen = allowed(position.reshape(rows, together, newest, 1), first[:, None, None, None], key[None, None, None])
     scores = jnp.where(seen[:, None, :, :, None], scores, jnp.full_like(scores, _lowest(scores.dtype)))
     top = jnp.max(scores, axis=-1)
     e = jnp.exp(scores - top[..., None])
-    out = _dot("skqn,sknc->skqc", e.astype(v.dtype).reshape(*grouped.shape[:3], -1), v)
+    out = weighted("skqn,sknc->skqc", e.reshape(*grouped.shape[:3], -1), v, dtype=q.dtype)
 
     def apart(x: jax.Array) -> jax.Array:
         x = x.reshape(rows, kv_heads, together, queries, *x.shape[3:])
@@ -304,7 +323,7 @@ def _blocks(
         keys, values = kept.blocks(listed.row[which], block)
         near = jnp.minimum(slot, slots - 1)
         asked = jnp.swapaxes(q[near], 1, 2).reshape(together, kv_heads, -1, size)  # [N, K, W q, C]
-        scores = softcap(_dot("nkqc,nkcb->nkqb", asked, keys), law.softcap)
+        scores = softcap(scores_of("nkqc,nkcb->nkqb", asked, keys), law.softcap)
         scores = scores.reshape(together, kv_heads, width, newest, -1, BLOCK)
         key = (block * BLOCK)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
         seen = allowed(position[near][..., None], first[which][:, None, None, None], key[:, None, None])
@@ -315,7 +334,7 @@ def _blocks(
         lowest = jnp.full_like(read, _lowest(read.dtype))[:, None]
         top = jnp.maximum(part.top, jnp.max(jnp.where(hot[:, :, None, None], read[:, None], lowest), axis=0))
         e = jnp.exp(scores - jnp.swapaxes(top[near], 1, 2)[..., None])
-        out = _dot("nkqb,nkbc->nkqc", e.astype(values.dtype).reshape(*asked.shape[:3], BLOCK), values)
+        out = weighted("nkqb,nkbc->nkqc", e.reshape(*asked.shape[:3], BLOCK), values, dtype=q.dtype)
         out = jnp.swapaxes(out.reshape(together, kv_heads, width, queries, -1), 1, 2).reshape(*read.shape, -1)
         total = jnp.swapaxes(jnp.sum(e, axis=-1), 1, 2).reshape(read.shape)
         shrunk, to = jnp.exp(part.top - top), hot.astype(total.dtype)

@@ -157,9 +157,9 @@ def _kept(
 
 
 def check_attention(experiment: Experiment) -> None:
-    """A ValueError where the attention that the config names cannot train here: by shapes, before anything is computed.
+    """A ValueError where an attention that the config names cannot run here: by shapes, before anything is computed.
 
-    A run is evaluated and sampled from without it, so only training asks.
+    A run is evaluated and sampled from without them, so only training asks.
     """
     e, sampling = experiment, experiment.config.sampling
     problems = sharding.problem_shards(e.mesh)
@@ -168,6 +168,7 @@ def check_attention(experiment: Experiment) -> None:
     completion = jax.ShapeDtypeStruct((problems, 1, sampling.max_completion_tokens), jnp.int32)
     params = spec.abstract(e.specs, dtype=e.model.numerics.param_dtype, mesh=e.mesh)
     jax.eval_shape(e.model.completion_hidden, params, prompt, real, completion)
+    jax.eval_shape(lambda *args: e.model.prefill(e.model.prepare_sampling(args[0]), *args[1:]), params, prompt, real)
 
 
 def initial_params(experiment: Experiment) -> Any:
@@ -189,9 +190,10 @@ def _drawn(e: Experiment, specs: Specs) -> Any:
 
 
 def exact_model(experiment: Experiment) -> Model:
-    """The model that samples with the weights themselves, which are what is trained and exported."""
-    e = experiment
-    return decoder.make_decoder(e.architecture, dataclasses.replace(e.config.model.numerics, sampling_weights=""), e.mesh)
+    """The model that samples with the weights themselves, which are what is trained and exported, and a cache as exact."""
+    e, numerics = experiment, experiment.config.model.numerics
+    exact = dataclasses.replace(numerics, sampling_weights="", sampling_cache=numerics.matmul_dtype, sampling_attention="")
+    return decoder.make_decoder(e.architecture, exact, e.mesh)
 
 
 def evaluator(experiment: Experiment) -> Evaluate:
