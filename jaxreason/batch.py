@@ -44,6 +44,7 @@ class RolloutBatch:
     segments: Leaf | None = None  # [P, G, T] int32, packed rows
     logp_old: Leaf | None = None  # [P, G, T] float, at the start of the update
     logp_ref: Leaf | None = None  # [P, G, T] float, under the reference
+    fresh: Leaf | None = None  # [P, G, T] bool, chosen by this step's policy; with partial rollouts, else all are
 
 
 @flax.struct.dataclass

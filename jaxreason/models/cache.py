@@ -186,9 +186,9 @@ def empty(prompts: Prompts, *, slots: int, tokens: int, c: Context) -> Own:
 
     def room(x: jax.Array, axis: int, *, blocks: int, size: int) -> jax.Array:
         *lead, _, kv_heads, _, _ = x.shape
-        axes = (*(None for _ in lead), "problems", "kv_heads" if kv_heads > 1 else None, None, None, None)
         last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
-        return c.constrain(jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype), axes)
+        nothing = jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype)
+        return c.constrain(nothing, own_axes(nothing))
 
     def pairs(axis: int, kept: tuple[Any, ...]) -> tuple[Any, ...]:
         near, *far = (_map(partial(room, blocks=blocks, size=size), axis, kept) for blocks, size in parts)
@@ -201,6 +201,11 @@ def empty(prompts: Prompts, *, slots: int, tokens: int, c: Context) -> Own:
 def _map(function: Any, axis: int, *kept: tuple[Any, ...]) -> tuple[Any, ...]:
     """`function(x, ..., axis)` of every stack's arrays."""
     return tuple(None if of[0] is None else per_array(function, axis, *of) for of in zip(*kept, strict=True))
+
+
+def own_axes(x: Any) -> sharding.Axes:
+    """The logical axes of an array of `Own`."""
+    return (*(None for _ in x.shape[:-5]), "problems", "kv_heads" if x.shape[-4] > 1 else None, None, None, None)
 
 
 def insert(prompts: Prompts, some: Prompts, row: Int[Array, " R"]) -> Prompts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from jaxreason.pipelines.experiment import (
     training_stream,
 )
 from jaxreason.pipelines.folder import Result, begin, open_folder, read_json
-from jaxreason.training import online, supervised
+from jaxreason.sampling import parking
+from jaxreason.training import online, partial, supervised
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.evaluate import Evaluate
@@ -149,7 +151,7 @@ def _supervised(
     optimizer = make_optimizer(config.optimizer, steps=config.steps)
     batches = supervised.make_batches(config, task=e.task, tokenizer=e.tokenizer, sampling=e.config.sampling)
     with _checkpointer(e, workdir, supervised.STAGE) as checkpointer:
-        state, start = _restore(e, checkpointer, optimizer, supervised.STAGE, params=params, log=log, progress=progress)
+        state, start, _ = _restore(e, checkpointer, optimizer, supervised.STAGE, params=params, log=log, progress=progress)
         if start == config.steps:
             return supervised.Outcome(state, finished=True)
         return supervised.fit(
@@ -185,6 +187,7 @@ def _online(
     """The reinforcement stage; with LoRA `frozen` is the reference, and holds the weights beneath the adapters."""
     config = e.config.online
     optimizer = make_optimizer(config.optimizer, steps=config.steps * config.updates_per_step)
+    parked = _parked(e)
     step_fn = online.make_step(
         e.model,
         e.algorithm,
@@ -196,10 +199,12 @@ def _online(
         eos_ids=e.tokenizer.eos_ids,
         pad_id=e.tokenizer.pad_id,
         seed=e.config.seed,
+        parked=parked,
         stop=e.stop,
     )
     with _checkpointer(e, workdir, online.STAGE) as checkpointer:
-        state, start = _restore(e, checkpointer, optimizer, online.STAGE, params=params, log=log, progress=progress)
+        told = {"params": params, "log": log, "progress": progress, "parked": parked}
+        state, start, extra = _restore(e, checkpointer, optimizer, online.STAGE, **told)
         return online.reinforce(
             state,
             reference=params if frozen is None and "reference" in e.algorithm.needs else frozen,
@@ -219,8 +224,23 @@ def _online(
             log=log,
             progress=progress,
             stop=stop,
+            resumed=extra,
             stop_strings=e.stop,
         )
+
+
+def _parked(e: Experiment) -> Any:
+    """Shapes and shardings of what partial rollouts park; {} without them."""
+    return partial.layout(
+        e.model,
+        spec.abstract(e.specs, dtype=e.model.numerics.param_dtype, mesh=e.mesh),
+        e.mesh,
+        config=e.config.sampling,
+        problems=e.config.online.problems_per_step,
+        group=e.config.online.completions_per_problem,
+        eos_ids=e.tokenizer.eos_ids,
+        pad_id=e.tokenizer.pad_id,
+    )
 
 
 @contextmanager
@@ -246,17 +266,19 @@ def _restore(
     params: Any,
     log: RunLog,
     progress: Progress,
-) -> tuple[Any, int]:
-    """The state to go on from and its step in this stage, with the run's files cut back to it."""
-    restored = checkpointer.restore_latest(states.abstract(e.model, optimizer, e.mesh))
+    parked: Any = None,
+) -> tuple[Any, int, Mapping[str, Any]]:
+    """The state to go on from, its step in this stage and what was saved besides, with the run's files cut back to it."""
+    restored = checkpointer.restore_latest(replace(states.abstract(e.model, optimizer, e.mesh), algorithm=parked or {}))
     if restored is None:
         log.rewind(stage, 0)
-        return states.create(e.model, optimizer, e.mesh, params), 0
+        state = states.create(e.model, optimizer, e.mesh, params)
+        return replace(state, algorithm=parking.vacant(parked)) if parked else state, 0, {}
     for sentence in restored.rejected:
         progress.message(sentence)
     log.rewind(stage, restored.step)
     progress.message(f"resuming stage '{stage}' from step {restored.step}")
-    return restored.state, restored.step
+    return restored.state, restored.step, restored.extra
 
 
 def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
@@ -269,7 +291,8 @@ def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
         folder = workdir / "checkpoints" / stage
         if folder.is_dir():
             checkpointer = Checkpointer(folder, keep=e.config.checkpoint.keep)
-            restored = checkpointer.restore_latest(states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh))
+            state = states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh)
+            restored = checkpointer.restore_latest(replace(state, algorithm=_parked(e)) if stage == online.STAGE else state)
             checkpointer.close()
             if restored is not None:
                 base = initial_params(e) if e.config.model.lora.rank else None

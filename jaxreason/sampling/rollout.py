@@ -37,6 +37,8 @@ class SamplingConfig:
     bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its score)
     stop: tuple[str, ...] = ()  # strings that end a completion, and are left out of its text
     slots: int = 0  # completions that grow at a time, which bounds the cache; 0: all of them
+    step_tokens: int = 0  # the most tokens that a completion grows by in a step, and goes on in the next; 0: all it has
+    parked_cache: str = "recomputed"  # what goes on reads its own tokens again ('recomputed'), or as older policies did ('kept')
 
     @property
     def law(self) -> Law:
@@ -53,6 +55,7 @@ class Sampled(NamedTuple):
     truncated: Bool[Array, "P G"]  # no stop token or string within the budget
     stopped: Bool[Array, "P G"]  # ended by a stop string
     length: Int[Array, "P G"]  # tokens, forced ones included
+    parked: Any = None  # with partial rollouts, the seats after the step: parking.Parked
 
 
 def completion_keys(key: jax.Array, problem: Integer[Array, " P"], *, group: int) -> jax.Array:

@@ -25,6 +25,7 @@ from jaxreason.rewards.traced import TracedRule, weighted_total
 from jaxreason.sampling import stops
 from jaxreason.sampling.rollout import Sampled, SamplingConfig, sample
 from jaxreason.sampling.stops import StopStrings
+from jaxreason.training import partial as partial_rollouts
 from jaxreason.types import Completion, Problem, Reward, RewardFn, StopReason
 
 Parts = Mapping[str, jax.Array]  # name -> [P, G]
@@ -111,17 +112,21 @@ def sample_and_score(
         slots=config.slots,
         lanes=lanes,
     )
+    return sampled, score_traced(scoring, prompts, sampled, config=config)
+
+
+def score_traced(scoring: Scoring, prompts: PromptBatch, sampled: Sampled, *, config: SamplingConfig) -> dict[str, jax.Array]:
+    """The traced parts of the reward, [P, G] each."""
     place = jnp.arange(config.max_completion_tokens, dtype=jnp.int32)
     written = place[None, None] < sampled.length[..., None] if config.forced else sampled.mask
-    return sampled, {name: rule(prompts, sampled.completion, written) for name, rule in scoring.traced.items()}
+    return {name: rule(prompts, sampled.completion, written) for name, rule in scoring.traced.items()}
 
 
-def total_reward(scoring: Scoring, parts: Parts, key: jax.Array) -> jax.Array:
-    """The weighted sum of the parts [P, G], those of a control dealt out anew first."""
+def total_reward(scoring: Scoring, parts: Parts, key: jax.Array, done: jax.Array | None = None) -> jax.Array:
+    """The weighted sum of the parts [P, G], those of a control dealt out anew first, among the groups that are `done` [P]."""
     counted = dict(parts)
     for number, name in enumerate(sorted(scoring.shuffled)):
-        values = parts[name]
-        counted[name] = jax.random.permutation(jax.random.fold_in(key, number), values.reshape(-1)).reshape(values.shape)
+        counted[name] = partial_rollouts.shuffled(parts[name], jax.random.fold_in(key, number), done)
     return weighted_total(counted, scoring.weights)
 
 
@@ -153,11 +158,17 @@ def completions(sampled: Sampled | Shown, tokenizer: Tokenizer, *, stop: StopStr
     return [[one(*each) for each in zip(*group, strict=True)] for group in zip(*rows, strict=True)]
 
 
-def score_on_host(scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]]) -> dict[str, np.ndarray]:
-    """The host parts of the reward, [P, G] each."""
+def score_on_host(
+    scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]], done: Sequence[bool] | None = None
+) -> dict[str, np.ndarray]:
+    """The host parts of the reward, [P, G] each; 0 for groups that are not `done`, which no rule is asked about."""
+    done = [True] * len(groups) if done is None else done
 
     def part(rule: RewardFn) -> np.ndarray:
-        rows = [[rule(problem, each).total for each in group] for problem, group in zip(problems, groups, strict=True)]
+        rows = [
+            [rule(problem, each).total if asked else 0.0 for each in group]
+            for problem, group, asked in zip(problems, groups, done, strict=True)
+        ]
         return np.asarray(rows, np.float32)
 
     return {name: part(rule) for name, rule in scoring.host.items()}
@@ -174,6 +185,8 @@ class Shown(NamedTuple):
     reward: Any
     advantage: Any
     parts: Mapping[str, Any]
+    done: Any = None  # [P], with partial rollouts: groups that are done, the only ones shown
+    seat: Any = None  # [P'], likewise: which group a row is
 
 
 def rows_of(
@@ -182,10 +195,13 @@ def rows_of(
     """Shown rollouts as records for `rollouts.jsonl`."""
     rows = []
     for p, group in enumerate(completions(shown, tokenizer, stop=stop)):
+        seat = p if shown.seat is None else int(shown.seat[p])
+        if shown.done is not None and not shown.done[seat]:
+            continue
         for g, completion in enumerate(group):
             parts = {name: float(values[p, g]) for name, values in shown.parts.items()}
             reward = Reward(float(shown.reward[p, g]), parts)
-            rows.append(record(problems[p], completion, reward, advantage=float(shown.advantage[p, g])))
+            rows.append(record(problems[seat], completion, reward, advantage=float(shown.advantage[p, g])))
     return rows
 
 

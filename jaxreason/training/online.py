@@ -7,8 +7,9 @@ With a host rule among them the same pure functions run with the scoring between
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,11 +26,14 @@ from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
 from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.numerics import masked_mean
 from jaxreason.objectives import Algorithm
 from jaxreason.objectives.advantages import zero_variance
+from jaxreason.sampling import parking
 from jaxreason.sampling.rollout import Sampled, SamplingConfig
 from jaxreason.sampling.stops import StopStrings
 from jaxreason.tasks.task import Task
+from jaxreason.training import partial as partial_rollouts
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.collect import (
@@ -42,6 +46,7 @@ from jaxreason.training.collect import (
     rows_of,
     sample_and_score,
     score_on_host,
+    score_traced,
     total_reward,
 )
 from jaxreason.training.evaluate import Evaluate, EvaluationConfig
@@ -75,9 +80,12 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class OnlineStep:
-    """The step in its two forms; `fused` is None where a host rule stands between sampling and update."""
+    """The step in its two forms; `fused` is None where a host rule stands between sampling and update.
 
-    collect: Callable[[Any, PromptBatch, jax.Array], tuple[Sampled, dict[str, jax.Array]]]
+    With partial rollouts `state.algorithm` is what is parked; `collect` takes it last, and `learn` a state without it.
+    """
+
+    collect: Callable[..., tuple[Sampled, dict[str, jax.Array]]]
     learn: Callable[[TrainState, Any, PromptBatch, Sampled, Parts, jax.Array], tuple[TrainState, Metrics, Shown]]
     fused: Callable[[TrainState, Any, PromptBatch, jax.Array], tuple[TrainState, Metrics, Shown]] | None
 
@@ -94,55 +102,93 @@ def make_step(
     eos_ids: tuple[int, ...],
     pad_id: int,
     seed: int,
+    parked: Any = None,
     stop: StopStrings | None = None,
 ) -> OnlineStep:
-    """The jitted forms of one step. `number` is the step's number; all randomness is folded from it and the seed."""
+    """The jitted forms of one step. `number` is the step's number; all randomness is folded from it and the seed.
+
+    `parked` is what partial.layout says, where `sampling.step_tokens` asks for partial rollouts.
+    """
+    if bool(parked) != (sampling.step_tokens > 0):
+        raise ValueError(f"sampling.step_tokens is {sampling.step_tokens}: give `parked` as partial.layout makes it of this config")
     split = Split(config.problems_per_update, config.problems_per_microbatch, config.epochs)
     update = make_update(model, algorithm, optimizer, law=sampling.law, split=split)
 
     def key(kind: int, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), number)
 
-    def collect(params: Any, prompts: PromptBatch, number: jax.Array) -> tuple[Sampled, dict[str, jax.Array]]:
+    def collect(params: Any, prompts: PromptBatch, number: jax.Array, parked: Any = None) -> tuple[Sampled, dict[str, jax.Array]]:
         group = config.completions_per_problem
         where = {"config": sampling, "group": group, "eos_ids": eos_ids, "pad_id": pad_id, "stop": stop}
-        lanes = sharding.problem_shards(mesh)
-        return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), lanes=lanes, **where)
+        if not parked:
+            lanes = sharding.problem_shards(mesh)
+            return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), lanes=lanes, **where)
+        sampled = partial_rollouts.sample(model, params, prompts, parked, number, partial(key, SAMPLING), **where)
+        return sampled, score_traced(scoring, prompts, sampled, config=sampling)
 
     def learn(
         state: TrainState, reference: Any, prompts: PromptBatch, sampled: Sampled, parts: Parts, number: jax.Array
     ) -> tuple[TrainState, Metrics, Shown]:
-        reward = total_reward(scoring, parts, key(SHUFFLING, number))
-        state, metrics, advantage = update(state, reference, rollout_batch(prompts, sampled, reward))
-        metrics |= rollout_metrics(sampled, parts, reward)
+        parked, sampled = sampled.parked, sampled._replace(parked=None)
+        done = None if parked is None else parking.finished(parked)
+        reward = total_reward(scoring, parts, key(SHUFFLING, number), done)
+        batch = rollout_batch(prompts, sampled, reward)
+        if parked is not None and done is not None:
+            batch = partial_rollouts.to_learn_from(batch, parked, number, balanced=model.balance_weight > 0)
+            order, back = partial_rollouts.together(done, split=split, shards=sharding.problem_shards(mesh))
+            state, metrics, advantage = update(state, reference, partial_rollouts.in_order(batch, order))
+            advantage = partial_rollouts.in_order(advantage, back)
+        else:
+            state, metrics, advantage = update(state, reference, batch)
+        metrics |= rollout_metrics(sampled, parts, reward, done)
         if stop is not None:
-            metrics["rollout/stop_string"] = jnp.mean(sampled.stopped, dtype=jnp.float32)
+            metrics["rollout/stop_string"] = mean_over(done, sampled.stopped, jnp.float32)
         ends = (sampled.truncated, sampled.stopped, sampled.length)
         shown = Shown(sampled.completion, sampled.mask, *ends, reward, advantage, dict(parts))
-        return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
+        if parked is None:
+            return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
+        done, seat = partial_rollouts.shown_first(parked, count=config.logged_problems)
+        shown = jax.tree.map(lambda x: x[seat], shown)._replace(done=done, seat=seat)
+        return replace(state, algorithm=parked), metrics | partial_rollouts.metrics(parked, sampled, number), shown
 
     def fused(state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array) -> tuple[TrainState, Metrics, Shown]:
-        sampled, parts = collect(adapt(reference, state.params), prompts, number)
-        return learn(state, reference, prompts, sampled, parts, number)
+        sampled, parts = collect(adapt(reference, state.params), prompts, number, state.algorithm)
+        return learn(replace(state, algorithm={}) if parked else state, reference, prompts, sampled, parts, number)
 
-    at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
+    at, everywhere, problems = states.shardings(model, optimizer, mesh), sharding.named(mesh), sharding.named(mesh, ("problems",))
+    collected: Any = problems
+    if parked:
+        seats = jax.tree.map(lambda x: x.sharding, parked)
+        at, collected = replace(at, algorithm=seats), (Sampled(*[problems] * 6, parked=seats), problems)  # pyright: ignore[reportArgumentType]
     out = (at, everywhere, everywhere)
     return OnlineStep(
-        collect=jax.jit(collect, out_shardings=sharding.named(mesh, ("problems",))),
+        collect=jax.jit(collect, out_shardings=collected, donate_argnames="parked" if parked else None),
         learn=jax.jit(learn, donate_argnums=0, out_shardings=out),
         fused=None if scoring.host else jax.jit(fused, donate_argnums=0, out_shardings=out),
     )
 
 
-def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array) -> Metrics:
-    """Means over the batch: reward and its parts, dead groups, length in tokens, truncated share, tokens sampled."""
+def mean_over(done: jax.Array | None, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """The mean over [P, ...], or over the groups that are `done` [P]."""
+    if done is None:
+        return jnp.mean(x, dtype=dtype)
+    x = x if dtype is None else x.astype(dtype)
+    return masked_mean(x, jnp.broadcast_to(done.reshape(-1, *(1 for _ in x.shape[1:])), x.shape))
+
+
+def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array, done: jax.Array | None = None) -> Metrics:
+    """Means over the batch: reward and its parts, dead groups, length in tokens, truncated share, tokens sampled.
+
+    Of a batch with groups that are not `done` [P], means over those that are; 0 without any.
+    """
+    mean = partial(mean_over, done)
     length = jnp.sum(sampled.mask, axis=-1, dtype=jnp.int32)
     return {
-        "reward/total": jnp.mean(reward),
-        **{f"reward/{name}": jnp.mean(values) for name, values in parts.items()},
-        "reward/zero_variance": jnp.mean(zero_variance(reward), dtype=jnp.float32),
-        "rollout/length": jnp.mean(length, dtype=jnp.float32),
-        "rollout/truncated": jnp.mean(sampled.truncated, dtype=jnp.float32),
+        "reward/total": mean(reward),
+        **{f"reward/{name}": mean(values) for name, values in parts.items()},
+        "reward/zero_variance": mean(zero_variance(reward), jnp.float32),
+        "rollout/length": mean(length, jnp.float32),
+        "rollout/truncated": mean(sampled.truncated, jnp.float32),
         "rollout/tokens": jnp.sum(length).astype(jnp.float32),
     }
 
@@ -167,22 +213,29 @@ def reinforce(
     log: RunLog,
     progress: Progress,
     stop: Callable[[], bool],
+    resumed: Mapping[str, Any] | None = None,
     stop_strings: StopStrings | None = None,
 ) -> Outcome:
     """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns.
 
-    `reference` may be None where the algorithm has no use for it and the state holds all parameters, not adapters.
+    `reference` may be None where the algorithm has no use for it and the state holds all parameters, not adapters. `resumed` is
+    what the checkpoint of step `start` says besides: with partial rollouts the place in the stream depends on what was written.
     """
     place = placer(mesh)
     progress.stage(STAGE, config.steps, start)
+    parks = sampling.step_tokens > 0
+    seats = partial_rollouts.seats_of(resumed or {}, problems=config.problems_per_step)
 
     def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:
+        nonlocal seats
         begin = step * config.problems_per_step
-        drawn = [problem for _, problem in stream(begin, config.problems_per_step)]
         # keys are folded from the place in the stream: a step may hold a problem twice, at the border of two epochs
-        numbered = [(begin + i, problem) for i, problem in enumerate(drawn)]
+        if parks:
+            seats, numbered = partial_rollouts.seated(seats, stream)
+        else:
+            numbered = [(begin + i, problem) for i, (_, problem) in enumerate(stream(begin, config.problems_per_step))]
         batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, **prompt_limits(sampling))
-        return drawn, place(batch)
+        return [problem for _, problem in numbered], place(batch)
 
     programs: dict[str, Any] = {}
 
@@ -197,12 +250,16 @@ def reinforce(
     def staged(state: TrainState, prompts: PromptBatch, problems: list[Problem], number: jax.Array) -> Any:
         times = {}
         policy = adapt(reference, state.params)
-        collect = program("collect", step_fn.collect, policy, prompts, number)
+        given = (policy, prompts, number, *([state.algorithm] if parks else []))
+        collect = program("collect", step_fn.collect, *given)
         begun = time.perf_counter()
-        sampled, parts = jax.block_until_ready(collect(policy, prompts, number))
+        sampled, parts = jax.block_until_ready(collect(*given))
         times["time/sample"], begun = time.perf_counter() - begun, time.perf_counter()
-        groups = completions(sharding.fetch(sampled), tokenizer, stop=stop_strings)
-        host = score_on_host(scoring, problems, groups)
+        groups = completions(sharding.fetch(sampled._replace(parked=None)), tokenizer, stop=stop_strings)
+        done = None
+        if parks:
+            done, state = sharding.fetch(parking.finished(sampled.parked)), replace(state, algorithm={})
+        host = score_on_host(scoring, problems, groups, done)
         times["time/score"] = time.perf_counter() - begun
         batch = (state, reference, prompts, sampled, {**parts, **place(host)}, number)
         learn = program("learn", step_fn.learn, *batch)
@@ -224,6 +281,8 @@ def reinforce(
         metrics, shown = sharding.fetch((metrics, shown))
         values = {name: float(value) for name, value in metrics.items()}
         check_finite(STAGE, step, values)
+        if parks and not values["rollout/finished"]:  # means over nothing are no zeros
+            values = {name: value for name, value in values.items() if name in partial_rollouts.ALWAYS}
         now = time.perf_counter()
         seconds, clock = now - clock, now
         values |= {**times, "time/step": seconds, "throughput/tokens_per_second": values["rollout/tokens"] / seconds}
@@ -246,6 +305,8 @@ def reinforce(
             state, metrics, shown, times = staged(state, prompts, problems, number)
         step += 1
         flush(None)
+        if parks:  # which seats are free: the host waits for it
+            seats = partial_rollouts.left(seats, sharding.fetch(shown.done).tolist())
         pending = (step, metrics, shown, problems, times)
         stopping = stop()
         last = step == config.steps
@@ -254,7 +315,8 @@ def reinforce(
             flush(state)
         if last or stopping or (saving.every_steps and step % saving.every_steps == 0):
             flush(None)
-            checkpointer.save(step, state, {"stage": STAGE, "position": step * config.problems_per_step})
+            where = seats.extra() if parks else {"position": step * config.problems_per_step}
+            checkpointer.save(step, state, {"stage": STAGE, **where})
             clock = time.perf_counter()  # a save is no part of a step
         if stopping and not last:
             checkpointer.wait()

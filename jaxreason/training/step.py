@@ -107,7 +107,7 @@ def make_update(
 
         def logp(params: Any) -> jax.Array:
             def one(part: RolloutBatch) -> jax.Array:
-                return score(model, params, part, law=sampled_by).logp
+                return _unless_empty(part, lambda: score(model, params, part, law=sampled_by).logp, _zeros)
 
             return jax.lax.stop_gradient(over_microbatches(one, batch, count=problems // per_micro))
 
@@ -126,13 +126,28 @@ def make_update(
         parts = slices(batch, minibatches)
         order = jnp.tile(jnp.arange(minibatches), split.epochs)
         state, (metrics, advantage) = jax.lax.scan(lambda s, i: one_update(s, jax.tree.map(lambda x: x[i], parts)), state, order)
-        return state, _over_updates(metrics), unslice(advantage[:minibatches])
+        used = None if batch.fresh is None else jnp.any(parts.mask, axis=(1, 2, 3))[order]
+        return state, _over_updates(metrics, used), unslice(advantage[:minibatches])
 
     return update
 
 
-def _over_updates(metrics: Metrics) -> Metrics:
-    """Metrics of several updates on one rollout batch: their mean, the extremes of extremes, and the first sampler gap."""
+def _unless_empty(part: RolloutBatch, compute: Callable[[], Any], nothing: Callable[[Any], Any]) -> Any:
+    """What is computed; or, in a part of partial rollouts without a completion, `nothing` of its shapes, in no time."""
+    if part.fresh is None:
+        return compute()
+    return jax.lax.cond(jnp.any(part.mask), compute, lambda: nothing(jax.eval_shape(compute)))
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _over_updates(metrics: Metrics, used: jax.Array | None) -> Metrics:
+    """Metrics of several updates on one rollout batch: their mean, the extremes of extremes, and the first sampler gap.
+
+    The mean is over the updates that were `used`, where partial rollouts left some without a completion.
+    """
 
     def merge(name: str, values: jax.Array) -> jax.Array:
         if name.endswith("_max"):
@@ -140,7 +155,9 @@ def _over_updates(metrics: Metrics) -> Metrics:
         if name.endswith("_min"):
             return jnp.min(values)
         # later updates have moved away from the sampler on purpose
-        return values[0] if name.startswith("policy/sampler_gap") else jnp.mean(values)
+        if name.startswith("policy/sampler_gap"):
+            return values[0]
+        return jnp.mean(values) if used is None else masked_mean(values, used)
 
     return {name: merge(name, values) for name, values in metrics.items()}
 
@@ -169,6 +186,8 @@ def _update(
     )
     advantage, weight = prepare(algorithm, signals)
     token_weight = weights.token_mean(signals.mask)
+    if batch.fresh is not None:  # a completion counts the same however few end in its step: see partial.py
+        weight = weight * jnp.mean(jnp.any(batch.mask, axis=(1, 2)), dtype=weight.dtype)
 
     def loss(params: Any, part: Any) -> tuple[jax.Array, Any]:
         rows, signals, advantage, weight, token_weight = part
@@ -190,8 +209,11 @@ def _update(
     else:
 
         def accumulate(total: Any, part: Any) -> tuple[Any, Any]:
-            out, new = gradient(state.params, part)
-            return jax.tree.map(jnp.add, total, new), out
+            def add() -> tuple[Any, Any]:
+                out, new = gradient(state.params, part)
+                return jax.tree.map(jnp.add, total, new), out
+
+            return _unless_empty(part[0], add, lambda shapes: (total, _zeros(shapes[1])))
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p.dtype)), state.params)
         total, (values, (aux, logp, entropy, shares)) = jax.lax.scan(accumulate, zeros, slices(whole, count))
@@ -200,6 +222,12 @@ def _update(
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 and float32
         updates, opt_state = optimizer.update(total, state.opt_state, state.params)
         params = apply_updates(state.params, updates, opt_state)
+    new_state = TrainState(state.step + 1, params, opt_state, state.algorithm)
+    if batch.fresh is not None:
+        some = jnp.any(batch.mask)  # without a row there is no update: neither decay nor momentum moves anything
+        new_state, updates = jax.tree.map(
+            lambda new, old: jnp.where(some, new, old), (new_state, updates), (state, jax.tree.map(jnp.zeros_like, updates))
+        )
     metrics = {
         "policy/loss": value,
         "optimizer/gradient_norm": optax.tree.norm(total),
@@ -210,7 +238,6 @@ def _update(
     }
     if model.balance_weight:
         metrics["policy/load_balance"] = balance
-    new_state = TrainState(state.step + 1, params, opt_state, state.algorithm)
     per_token = jax.tree.leaves(advantage)[0]  # an algorithm with more constants than an advantage has it first
     first = jnp.argmax(batch.mask, axis=-1, keepdims=True)
     return new_state, (metrics, jnp.take_along_axis(per_token, first, axis=-1)[..., 0])
@@ -221,13 +248,14 @@ def _rollout_metrics(algorithm: Algorithm, batch: RolloutBatch, logp: jax.Array,
     if "reward" not in algorithm.needs:
         return {}  # demonstrations: nothing was sampled
     behaviour = batch.logp_behaviour.astype(logp.dtype)
-    gap = jnp.where(batch.mask, jnp.abs(logp - behaviour), jnp.zeros_like(logp))
+    own = batch.mask if batch.fresh is None else batch.mask & batch.fresh  # an older policy's differ as they should
+    gap = jnp.where(own, jnp.abs(logp - behaviour), jnp.zeros_like(logp))
     old = logp if batch.logp_old is None else batch.logp_old
     ratio = jnp.where(batch.mask, jnp.exp(jnp.where(batch.mask, logp - old, jnp.zeros_like(logp))), jnp.full_like(logp, jnp.nan))
     # a batch without a single token has no ratio; 1 says that nothing moved
     quantiles = jnp.nan_to_num(jnp.nanquantile(ratio, jnp.asarray(RATIO_QUANTILES, logp.dtype)), nan=1.0)
     return {
         "policy/sampler_gap": jnp.max(gap),
-        "policy/sampler_gap_mean": masked_mean(gap, batch.mask),
+        "policy/sampler_gap_mean": masked_mean(gap, own),
         **{f"policy/ratio_q{round(100 * q):02d}": quantiles[i] for i, q in enumerate(RATIO_QUANTILES)},
     }

@@ -28,8 +28,8 @@ SIZES: dict[str, Any] = {
     "max_positions": 512,
     "initializer_range": 0.25,
 }
-POLICY = Architecture(hidden_size=36, layers=2, mlp_size=48, **SIZES)
-WINDOWED = Architecture(hidden_size=18, layers=3, mlp_size=24, window=7, attention_layers="wfw", tied=False, **SIZES)
+POLICY = Architecture(hidden_size=36, layers=1, mlp_size=48, **SIZES)
+WINDOWED = Architecture(hidden_size=18, layers=2, mlp_size=24, window=7, attention_layers="wf", tied=False, **SIZES)
 LENGTHS, TP = (5, 33, 70), 70
 
 
