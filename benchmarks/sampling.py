@@ -10,6 +10,9 @@ uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with me
     number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long.
 decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
     does of either in a large product and in reading a large array.
+speculative: completions of 128 tokens through `Engine.generate`, in 4 slots and in 32, without drafts, with 4 tokens drafted a
+    step, and with 'auto'. `copy`: weights made so that greedy text goes round in the prompt's circle of 48 tokens; `random`: the
+    random model, sampled, where hardly a draft is right.
 
 Ratios are of CPU seconds, medians of `--runs` rounds.
 """
@@ -23,6 +26,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,8 +43,10 @@ from jaxreason.batch import PromptBatch
 from jaxreason.compiling import compiled
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Numerics
+from jaxreason.models.tokenizer import load_tokenizer, save_word_tokenizer
 from jaxreason.sampling import engine
 from jaxreason.sampling.engine import Queue, Rules
+from jaxreason.sampling.generate import Engine
 from jaxreason.sampling.law import Law
 from jaxreason.sampling.rollout import sample
 
@@ -244,9 +250,64 @@ def decode(b: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CIRCLE = 48  # tokens after which text that is copied comes back
+
+
+def circling(params: Any, strength: float) -> Any:
+    """Weights under which a token's likeliest successor is the next of its circle, the likelier the greater the strength."""
+    following = np.arange(VOCAB)
+    for start in range(16, VOCAB - CIRCLE, CIRCLE):
+        following[start : start + CIRCLE] = np.roll(np.arange(start, start + CIRCLE), -1)
+    embed = np.random.default_rng(5).normal(size=(VOCAB, WIDTH))
+    embed /= np.linalg.norm(embed, axis=1, keepdims=True)
+    head = np.zeros((WIDTH, VOCAB))
+    head[:, following] = embed.T
+    return {**params, "embed": jnp.asarray(32 * embed, jnp.float32), "head": jnp.asarray(strength * head, jnp.float32)}
+
+
+def speculative(b: Bench) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_word_tokenizer([f"w{'x' * i}" for i in range(VOCAB - 7)], Path(folder))
+        tokenizer = load_tokenizer(folder)
+    drawn: Any = {"bias": tuple((token, -1e3) for token in tokenizer.eos_ids)}  # nothing ends early
+    kinds = {"copy": (circling(b.params, 2.0), Law(greedy=True, **drawn)), "random": (b.params, Law(**drawn))}
+    out: dict[str, Any] = {}
+    for kind, (weights, law) in kinds.items():
+        for slots in (4, 32):
+            generator = Engine(b.model, tokenizer, b.mesh, slots=slots)
+            params = generator.prepare(weights)
+            starts = 16 + CIRCLE * b.rng.integers(0, 8, 8)
+            prompts = [[int(start + i % CIRCLE) for i in range(200)] for start in starts[: max(1, slots // 4)]]
+
+            def run(draft: Any, generator: Any = generator, params: Any = params, prompts: Any = prompts, law: Law = law) -> Any:
+                return generator.generate(params, prompts, 4, max_tokens=128, law=law, draft=draft)
+
+            ways = (0, 4, "auto")
+            made = {way: run(way) for way in ways}
+            for _ in range(3):  # until all programs are there that its choices may ask for
+                run("auto")
+            seconds: dict[Any, list[float]] = {way: [] for way in ways}
+            for _ in range(b.runs):
+                for way in ways:
+                    begun = time.process_time()
+                    run(way)
+                    seconds[way].append(time.process_time() - begun)
+            without, with_drafts, auto = (statistics.median(seconds[way]) for way in ways)
+            tokens = [[each.tokens for group in made[way].completions for each in group] for way in ways]
+            steps = made[4].drafted / 4
+            out |= {
+                f"{kind}_{slots}_cpu_s": without,
+                f"{kind}_{slots}_faster": without / with_drafts,
+                f"{kind}_{slots}_faster_auto": without / auto,
+                f"{kind}_{slots}_accepted_a_step": made[4].accepted / steps if steps else 0.0,
+                f"{kind}_{slots}_same": tokens[0] == tokens[1] == tokens[2],
+            }
+    return out
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", choices=("uniform", "long_prompts", "uneven", "decode"), help="one workload")
+    p.add_argument("--only", choices=("uniform", "long_prompts", "uneven", "decode", "speculative"), help="one workload")
     p.add_argument("--hf-python", default="", help="a Python with torch and transformers")
     p.add_argument("--matmul", choices=("float32", "bfloat16"), default="float32", help="operands of products")
     p.add_argument("--cache", choices=("", "float32", "bfloat16", "int8"), default="", help="keys and values that are kept")
@@ -254,7 +315,8 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     workloads = {
-        "uniform": partial(uniform, hf_python=a.hf_python), "long_prompts": long_prompts, "uneven": uneven, "decode": decode
+        "uniform": partial(uniform, hf_python=a.hf_python), "long_prompts": long_prompts, "uneven": uneven, "decode": decode,
+        "speculative": speculative,
     }  # fmt: skip
     device = jax.devices()[0]
     versions = {"jaxreason": jaxreason.__version__, "jax": jax.__version__, "python": platform.python_version()}

@@ -317,7 +317,8 @@ LEAST = {
     "seed": 0,
     "sampling.max_prompt_tokens": 1,
     "sampling.max_completion_tokens": 2,
-    "sampling.step_tokens": 0,
+    "sampling.parking.step_tokens": 0,
+    "sampling.draft": 0,
     "supervised.demonstrations_per_step": 1,
     "supervised.demonstrations_per_microbatch": 1,
     "supervised.log_every_steps": 1,
@@ -403,18 +404,20 @@ def _check_sampling(sampling: SamplingConfig, *, shards: int) -> None:
         )
     if sampling.overlong not in ("leave_out", "cut", "refuse"):
         raise ValueError(f"config.sampling.overlong is '{sampling.overlong}': expected 'leave_out', 'cut' or 'refuse'")
-    if sampling.step_tokens > sampling.max_completion_tokens:
+    parking = sampling.parking
+    if parking.step_tokens > sampling.max_completion_tokens:
         raise ValueError(
-            f"config.sampling.step_tokens is {sampling.step_tokens}, more than config.sampling.max_completion_tokens = "
+            f"config.sampling.parking.step_tokens is {parking.step_tokens}, more than config.sampling.max_completion_tokens = "
             f"{sampling.max_completion_tokens}, so that nothing would ever be parked: lower it, or set it to 0"
         )
-    if sampling.step_tokens and slots:
-        raise ValueError(
-            f"config.sampling.step_tokens is {sampling.step_tokens} and config.sampling.slots is {slots}: parked completions need "
-            "a slot each: set one of the two to 0"
-        )
-    if sampling.parked_cache not in ("recomputed", "kept"):
-        raise ValueError(f"config.sampling.parked_cache is '{sampling.parked_cache}': expected 'recomputed' or 'kept'")
+    for name, given, why in (("slots", slots, "need a slot each"), ("draft", sampling.draft, "go on without drafts")):
+        if parking.step_tokens and given:
+            raise ValueError(
+                f"config.sampling.parking.step_tokens is {parking.step_tokens} and config.sampling.{name} is {given}: parked "
+                f"completions {why}: set one of the two to 0"
+            )
+    if parking.cache not in ("recomputed", "kept"):
+        raise ValueError(f"config.sampling.parking.cache is '{parking.cache}': expected 'recomputed' or 'kept'")
     if "" in sampling.stop:
         raise ValueError(f"config.sampling.stop is {sampling.stop!r}: expected texts of at least one character each")
 

@@ -85,10 +85,10 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             f"config.online makes {config.online.updates_per_step} updates a step, and algorithm '{algorithm.name}' holds for "
             "rows of the newest policy only: set epochs to 1 and problems_per_update to problems_per_step"
         )
-    if config.online.steps and config.sampling.step_tokens and "old" not in algorithm.needs:
+    if config.online.steps and config.sampling.parking.step_tokens and "old" not in algorithm.needs:
         raise ValueError(
-            f"config.sampling.step_tokens is {config.sampling.step_tokens}, and algorithm '{algorithm.name}' holds for rows of the "
-            "newest policy only, which parked completions are not: set it to 0, or name another, such as 'grpo'"
+            f"config.sampling.parking.step_tokens is {config.sampling.parking.step_tokens}, and algorithm '{algorithm.name}' holds "
+            "for rows of the newest policy only, which parked completions are not: set it to 0, or name another, such as 'grpo'"
         )
     if config.model.weights not in ("checkpoint", "random"):
         raise ValueError(f"config.model.weights is '{config.model.weights}': expected 'checkpoint' or 'random'")

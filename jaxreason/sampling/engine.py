@@ -7,12 +7,14 @@ completion in the same loop. All are pure functions of arrays, to be traced into
 holds them compiled. What a slot samples depends on its key and its tokens, not on its place or its neighbours.
 
 Between any two verbs: `own` holds keys and values of all of a slot's `length` tokens, and `hidden` predicts the next.
+With drafts (speculation.py) a step feeds more tokens than one, and what comes out is the same.
 Deliberately absent: a second model's weights, and text.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ from jaxtyping import Array, Bool, Int
 from jaxreason.models.decoder import Model
 from jaxreason.numerics import at_least_float32
 from jaxreason.sampling import law as laws
-from jaxreason.sampling import stops
+from jaxreason.sampling import speculation, stops
 from jaxreason.sampling.law import Law
 from jaxreason.sampling.logits import draw
 
@@ -40,6 +42,7 @@ class Roots:
     prompts: Any  # keys and values, the model's
     hidden: Leaf  # [P, D], from which the first token is predicted
     seen: Leaf | None = None  # [P, V], tokens in the prompt; for a law that asks
+    prompt: Leaf | None = None  # [P, Tp] int32, its tokens, -1 before the first; for drafts
 
 
 @struct.dataclass
@@ -53,6 +56,7 @@ class Record:
     length: Leaf  # [R] int32
     status: Leaf  # [R] int8: LIVE, why it stopped, or FREE
     after: Leaf  # [R] int32, bytes of the last token that follow the stop string
+    drafts: Leaf | None = None  # [R, 2] int32, tokens drafted and accepted, where there are drafts
 
 
 @struct.dataclass
@@ -68,6 +72,7 @@ class Slots:
     record: Record  # S rows
     number: Leaf  # [S] int32, which of the queue's completions it is
     seen: Leaf | None = None  # [S, V], tokens so far, for a law that asks
+    prompt: Leaf | None = None  # [S, Tp] int32, as Roots has it
 
 
 @struct.dataclass
@@ -80,6 +85,7 @@ class Rules:
     search: stops.Machine | None = None  # stop strings and step delimiters
     grammar: stops.Grammar | None = None  # what may be written at all
     steps_stop: bool = struct.field(pytree_node=False, default=False)  # a step's end stops a slot, and does not only mark it
+    draft: int = struct.field(pytree_node=False, default=0)  # tokens drafted a step
 
 
 def open(model: Model, params: Any, prompt: Int[Array, "P Tp"], mask: Bool[Array, "P Tp"], *, rules: Rules) -> Roots:
@@ -90,7 +96,7 @@ def open(model: Model, params: Any, prompt: Int[Array, "P Tp"], mask: Bool[Array
         vocab = vocab_size(model, params, hidden)
         row = jnp.arange(prompt.shape[0], dtype=jnp.int32)[:, None]
         seen = jnp.zeros((prompt.shape[0], vocab), bool).at[row, jnp.where(mask, prompt, vocab)].set(True, mode="drop")
-    return Roots(prompts, hidden, seen)
+    return Roots(prompts, hidden, seen, jnp.where(mask, prompt, jnp.full_like(prompt, -1)) if rules.draft else None)
 
 
 def vocab_size(model: Model, params: Any, hidden: Any) -> int:
@@ -105,15 +111,20 @@ def seat(model: Model, roots: Roots, root: Int[Array, " S"], key: jax.Array, *, 
     record = blank(slots, tokens, rules=rules, dtype=at_least_float32(roots.hidden.dtype))
     return Slots(
         own=model.empty(roots.prompts, slots=slots, tokens=tokens),
-        hidden=jnp.take(roots.hidden, root, axis=0, mode="clip"),
         root=root,
         key=key,
         search=zero,
         grammar=zero + _grammar_start(rules),
         record=replace(record, status=jnp.full(slots, LIVE, jnp.int8)),
         number=zero,
-        seen=None if roots.seen is None else jnp.take(roots.seen, root, axis=0, mode="clip"),
+        **_begun(roots, root),
     )
+
+
+def _begun(roots: Roots, root: Int[Array, " S"]) -> dict[str, Any]:
+    """What slots have from these prompts."""
+    given = {"hidden": roots.hidden, "seen": roots.seen, "prompt": roots.prompt}
+    return jax.tree.map(lambda x: jnp.take(x, root, axis=0, mode="clip"), given)
 
 
 def _grammar_start(rules: Rules) -> Any:
@@ -131,6 +142,7 @@ def blank(rows: int, tokens: int, *, rules: Rules, dtype: Any) -> Record:
         length=jnp.zeros(rows, jnp.int32),
         status=jnp.full(rows, FREE, jnp.int8),
         after=jnp.zeros(rows, jnp.int32),
+        drafts=jnp.zeros((rows, 2), jnp.int32) if rules.draft else None,
     )
 
 
@@ -168,7 +180,7 @@ def extend(
     steps: int | Int[Array, ""] | None = None,
     width: int = 8,
 ) -> Slots:
-    """Chooses tokens for every slot that has not ended until it stops, is `limit` tokens long or full, or `steps` are chosen.
+    """Chooses tokens for every slot that has not ended until it stops, is `limit` tokens long or full, or `steps` steps are made.
 
     Slots at a step's end, at a former limit, and parked ones go on. `width`: see `Model.decode`; 0 where slots are [P, G] in order.
     """
@@ -189,20 +201,31 @@ def extend(
 
 
 def _step(model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules, limit: Int[Array, " S"], width: int) -> Slots:
-    """One token of every live slot."""
-    old = slots.record
-    live = old.status == LIVE
-    token, logp, chosen = _choose(model, params, slots, rules)
-    token = jnp.where(live, token, jnp.full_like(token, rules.pad_id))
-    length = old.length + live.astype(jnp.int32)
+    """One token of every live slot, and of a draft what would come next."""
+    old, live, length = slots, slots.record.status == LIVE, slots.record.length
+    choose, note = partial(_choose, model, params, rules=rules), partial(_note, rules=rules, limit=limit)
+    drawn = choose(old.hidden, key=old.key, position=length, grammar=old.grammar, seen=old.seen)
+    slots = note(old, drawn, live)
+    fed = jnp.where(live, drawn[0], jnp.full_like(drawn[0], rules.pad_id))[:, None]
+    if rules.draft:
+        fed = jnp.concatenate([fed, speculation.drafted(slots, count=rules.draft)], axis=1)
+    hidden, own = model.decode(params, fed, roots.prompts, slots.own, slots.root, length, live, width=width)
+    if rules.draft:
+        advance = None if rules.grammar is None else partial(stops.advance, rules.grammar)
+        slots, hidden = speculation.accept(slots, fed[:, 1:], hidden, live=LIVE, choose=choose, note=note, advance=advance)
+    return replace(slots, own=own, hidden=jnp.where(live[:, None], hidden[:, 0], old.hidden))
+
+
+def _note(slots: Slots, drawn: tuple[Any, ...], which: Bool[Array, " S"], *, rules: Rules, limit: Int[Array, " S"]) -> Slots:
+    """Slots `which` with what was drawn written down, and whether it ends them."""
+    old, (token, logp, chosen) = slots.record, drawn
+    token = jnp.where(which, token, jnp.full_like(token, rules.pad_id))
+    length = old.length + which.astype(jnp.int32)
     status = jnp.where(length >= limit, jnp.int8(LENGTH), jnp.int8(LIVE))
     search, grammar, step_end, after = slots.search, slots.grammar, old.step_end, old.after
-
-    def keep(new: jax.Array, there: jax.Array) -> jax.Array:
-        return jnp.where(live.reshape(-1, *(1 for _ in there.shape[1:])), new, there)
-
+    keep = partial(jnp.where, which)
     place = jnp.arange(old.tokens.shape[1], dtype=jnp.int32)
-    here = (place[None] == old.length[:, None]) & live[:, None]
+    here = (place[None] == old.length[:, None]) & which[:, None]
 
     def write(new: jax.Array, there: jax.Array) -> jax.Array:
         # not a scatter, which takes longer, on CPUs far longer
@@ -219,11 +242,11 @@ def _step(model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules
         grammar = keep(stops.advance(rules.grammar, grammar, token), grammar)
     if rules.eos_ids:
         status = jnp.where(jnp.isin(token, jnp.asarray(rules.eos_ids, jnp.int32)), jnp.int8(EOS), status)
-    hidden, own = model.decode(params, token[:, None], roots.prompts, slots.own, slots.root, old.length, live, width=width)
     seen = slots.seen
     if seen is not None:
-        seen = seen | ((jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == token[:, None]) & live[:, None])
-    record = Record(
+        seen = seen | ((jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == token[:, None]) & which[:, None])
+    record = replace(
+        old,
         tokens=write(token, old.tokens),
         logp=write(logp, old.logp),
         mask=write(chosen, old.mask),
@@ -232,25 +255,24 @@ def _step(model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules
         status=keep(status, old.status),
         after=after,
     )
-    hidden = keep(hidden[:, 0], slots.hidden)
-    return replace(slots, own=own, hidden=hidden, search=search, grammar=grammar, record=record, seen=seen)
+    return replace(slots, search=search, grammar=grammar, record=record, seen=seen)
 
 
-def _choose(model: Model, params: Any, slots: Slots, rules: Rules) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next token of every slot, its log-probability, and whether it was a choice at all."""
-    scores = model.project(params, slots.hidden)
-    allowed = None if rules.grammar is None else stops.allowed(rules.grammar, slots.grammar)
-    logits = laws.shape(scores, rules.law, seen=slots.seen, allowed=allowed, position=slots.record.length)
+def _choose(
+    model: Model, params: Any, hidden: jax.Array, *, rules: Rules, key: Any, position: jax.Array, grammar: Any, seen: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token of every row, its log-probability, and whether it was a choice at all."""
+    scores = model.project(params, hidden)
+    allowed = None if rules.grammar is None else stops.allowed(rules.grammar, grammar)
+    logits = laws.shape(scores, rules.law, seen=seen, allowed=allowed, position=position)
     uniform = None
     if not rules.law.greedy:
-        uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (), jnp.float32))(
-            slots.key, slots.record.length
-        )
+        uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (), jnp.float32))(key, position)
     token, logp = draw(logits, uniform)
     chosen = jnp.ones_like(token, bool)
     if rules.law.forced:
         forced = jnp.asarray([place for place, _ in rules.law.forced], jnp.int32)
-        chosen = ~jnp.isin(slots.record.length, forced)
+        chosen = ~jnp.isin(position, forced)
     return token, logp, chosen
 
 
@@ -309,6 +331,7 @@ class Queue:
     limit: Leaf  # [N] int32, the most tokens of each
     taken: Leaf  # [devices] int32, how many of its own each device has taken
     count: Leaf  # [devices] int32, how many of its own there are, the first ones
+    steps: Leaf | None = None  # [] int32, that the last `drain` made; for who asks
 
 
 def drain(
@@ -325,7 +348,7 @@ def drain(
     least: int | Int[Array, ""] = 0,
     width: int = 8,
 ) -> tuple[Slots, Record, Queue]:
-    """Extends slots, and gives one that stops the queue's next completion, until there are none, or `steps` tokens are chosen.
+    """Extends slots, and gives one that stops the queue's next completion, until there are none, or `steps` steps are made.
 
     Returns too when the queue is empty and no device has more than `least` live slots, so that they can be moved to fewer
     (`compact`). `record` has a row for each of the queue's completions, which is filled when it has ended; `collect` fills those of
@@ -354,7 +377,8 @@ def drain(
         return count + 1, *jax.lax.cond(jnp.any(ended), turn, lambda *same: same, slots, record, queue)
 
     slots, queue = _refill(roots, slots, queue, rules=rules, group=group)
-    return jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), slots, record, queue))[1:]
+    made, slots, record, queue = jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), slots, record, queue))
+    return slots, record, queue if queue.steps is None else replace(queue, steps=made)
 
 
 def collect(slots: Slots, record: Record, which: Bool[Array, " S"]) -> Record:
@@ -383,21 +407,18 @@ def _refill(roots: Roots, slots: Slots, queue: Queue, *, rules: Rules, group: in
     def put(there: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(fresh.reshape(-1, *(1 for _ in old.shape[1:])), there, old)
 
-    zero = jnp.zeros_like(slots.root)
-    record = blank(*slots.record.tokens.shape, rules=rules, dtype=slots.record.logp.dtype)
-    record = jax.tree.map(put, replace(record, status=jnp.full_like(record.status, LIVE)), slots.record)
+    zero, begun = jnp.zeros_like(slots.root), _begun(roots, root)
+    record = jax.tree.map(jnp.zeros_like, slots.record)  # LIVE is 0
+    record = jax.tree.map(put, replace(record, tokens=jnp.full_like(record.tokens, rules.pad_id)), slots.record)
     slots = replace(
         slots,
-        hidden=put(jnp.take(roots.hidden, root, axis=0, mode="clip"), slots.hidden),
         root=put(root, slots.root),
         key=put(queue.key[jnp.clip(row, 0, total - 1)], slots.key),
         search=put(zero, slots.search),
         grammar=put(zero + _grammar_start(rules), slots.grammar),
         record=record,
         number=put(row, slots.number),
-        seen=slots.seen
-        if slots.seen is None or roots.seen is None
-        else put(roots.seen[root.clip(0, total // group - 1)], slots.seen),
+        **jax.tree.map(put, begun, {name: getattr(slots, name) for name in begun}),
     )
     return slots, replace(queue, taken=queue.taken + jnp.sum(new, axis=1, dtype=jnp.int32))
 

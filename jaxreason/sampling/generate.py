@@ -2,12 +2,14 @@
 
 Sizes are rounded up (prompts, lengths, slots, tokens: to powers of two), so that calls of every kind run a few programs; how many
 were compiled is in `Engine.compilations`. Prompts are read in batches of like lengths. The device works in segments of some
-tokens: between two the host looks on, tells how far it is, and may be told to stop, when what is finished is returned.
+steps: between two the host looks on, tells how far it is, and may be told to stop, when what is finished is returned.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from jaxreason import sharding
 from jaxreason.compiling import compiled
 from jaxreason.models.decoder import Model, Params
 from jaxreason.models.tokenizer import Tokenizer
-from jaxreason.sampling import engine, law, stops
+from jaxreason.sampling import engine, law, speculation, stops
 from jaxreason.sampling.engine import Queue, Record, Roots, Rules, Slots
 from jaxreason.sampling.law import Law
 from jaxreason.sampling.rollout import completion_keys
@@ -42,6 +44,8 @@ class Generation(NamedTuple):
     new_tokens: int  # chosen
     cut_prompts: int  # that were too long and lost their beginning
     finished: bool  # False: it was told to stop, and what had not ended is PARKED
+    drafted: int = 0  # tokens
+    accepted: int = 0  # of these, that were what would have come
 
 
 class Engine:
@@ -57,8 +61,12 @@ class Engine:
         max_prompt_tokens: int = 4096,
         overlong: str = "refuse",
         segment: int = 64,
+        draft: int | str = 0,
     ) -> None:
-        """`overlong` prompts are refused, or cut at their beginning ('cut'); `segment`: tokens between two looks of the host."""
+        """`overlong` prompts are refused, or cut at their beginning ('cut'); `segment`: steps between two looks of the host.
+
+        `draft`: tokens drafted a step (speculation.py), or 'auto': some where that is measured to pay.
+        """
         self.lanes = sharding.problem_shards(mesh)
         if slots < self.lanes or slots & (slots - 1) or slots % self.lanes:
             raise ValueError(f"slots is {slots}: expected a power of two that the {self.lanes} devices of the problems divide")
@@ -68,6 +76,8 @@ class Engine:
             raise ValueError(f"segment is {segment} and max_prompt_tokens {max_prompt_tokens}: expected 1 or more")
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
         self.slots, self.max_prompt_tokens, self.overlong, self.segment = slots, max_prompt_tokens, overlong, segment
+        self.draft = draft
+        self.paces: dict[Law, speculation.Pace] = {}  # what drafts have brought, by law
         self.programs: dict[Any, Any] = {}
         self.tables: dict[Any, Any] = {}
 
@@ -92,6 +102,7 @@ class Engine:
         stop: Sequence[str] = (),
         step: Sequence[str] = (),
         pattern: str = "",
+        draft: int | str | None = None,
         progress: Progress | None = None,
         stopping: Callable[[], bool] | None = None,
     ) -> Generation:
@@ -99,7 +110,8 @@ class Engine:
 
         They end at the tokenizer's stop tokens, at a string of `stop`, or after `max_tokens` (one number, or one for each
         completion, prompt by prompt); `step` delimiters are marked; a `pattern`, a regular expression, bounds what is written.
-        The same seed gives the same completions, in any order and however many others there are. ValueErrors before compiling.
+        The same seed gives the same completions, in any order, however many others there are, and with any `draft` (None: the
+        engine's). ValueErrors before compiling.
         """
         rows, cut = self._tokens(prompts)
         if n < 1 or not rows:
@@ -108,6 +120,9 @@ class Engine:
         if limits.min() < 1:
             raise ValueError(f"max_tokens is {limits.min()} in one place: expected 1 or more")
         rules = self._rules(params, law, stop=stop, step=step, pattern=pattern)
+        draft = self.draft if draft is None else draft
+        pace = self.paces.setdefault(law, speculation.Pace(self.segment)) if draft == "auto" else None
+        rules = replace(rules, draft=self._checked(params, speculation.AUTO if pace else draft))
         total, tokens = self.lanes * _power(-(-len(rows) // self.lanes)), _power(int(limits.max()), least=LEAST)
         place = np.arange(len(rows)) % self.lanes * (total // self.lanes) + np.arange(len(rows)) // self.lanes
         roots = self._read(params, rows, place, total, rules)
@@ -120,12 +135,15 @@ class Engine:
         given = [self._place(x) for x in (number, limit.reshape(-1), count.astype(np.int32))]
         begin = partial(self._begin, slots=slots, group=n, tokens=tokens)
         state = self._run(("begin", slots, n, tokens), begin, roots, rules, np.uint32(seed), *given)
-        record, finished = self._drain(params, roots, state, rules, slots=slots, n=n, progress=progress, stopping=stopping)
+        told: Any = {"progress": progress, "stopping": stopping, "pace": pace}
+        record, finished = self._drain(params, roots, state, rules, slots=slots, n=n, **told)
         order = (place[:, None] * n + np.arange(n)[None]).reshape(-1)
-        made = self._completions(jax.tree.map(lambda x: x[order], sharding.fetch(record)), params, stop=tuple(stop))
+        record = jax.tree.map(lambda x: x[order], sharding.fetch(record))
+        made = self._completions(record, params, stop=tuple(stop))
         groups = [made[i : i + n] for i in range(0, len(made), n)]
         chosen = sum(sum(each.mask) for each in made)
-        return Generation(groups, sum(map(len, rows)), chosen, cut, finished)
+        drafts = (0, 0) if record.drafts is None else record.drafts.sum(axis=0).tolist()
+        return Generation(groups, sum(map(len, rows)), chosen, cut, finished, *drafts)
 
     # ---- what is asked for
 
@@ -156,6 +174,12 @@ class Engine:
             self.tables[key] = jax.device_put((search, grammar), sharding.named(self.mesh))
         return Rules(asked, tokenizer.eos_ids, tokenizer.pad_id, *self.tables[key])
 
+    def _checked(self, params: Params, draft: Any) -> int:
+        if ("draft", draft) not in self.tables:
+            speculation.check(self.model, params, draft=draft, lanes=self.lanes)
+            self.tables["draft", draft] = draft
+        return draft
+
     def _vocab_size(self, params: Params) -> int:
         prompt, mask = (jax.ShapeDtypeStruct((self.lanes, 1), kind) for kind in (jnp.int32, bool))
         hidden = jax.eval_shape(lambda *given: self.model.prefill(*given)[0], params, prompt, mask)
@@ -165,11 +189,14 @@ class Engine:
 
     def _run(self, name: Any, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
         """Calls a function, compiled for arguments of these shapes if it has not been."""
+        return self._program(name, function, *args, donate=donate)(*args)
+
+    def _program(self, name: Any, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
         leaves, tree = jax.tree.flatten(args)
         key = (name, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
         if key not in self.programs:
             self.programs[key] = compiled(jax.jit(function, donate_argnums=donate), *args)
-        return self.programs[key](*args)
+        return self.programs[key]
 
     def _place(self, x: np.ndarray) -> jax.Array:
         return sharding.place(self.mesh, x, ("problems",))
@@ -177,7 +204,7 @@ class Engine:
     def _read(self, params: Params, rows: list[list[int]], place: np.ndarray, total: int, rules: Rules) -> Roots:
         """All prompts, read in batches of like lengths, in the rows `place` of `total`."""
         longest = _power(max(map(len, rows)), least=LEAST)
-        roots = self._run(("room", total, longest), partial(self._room, rows=total, tokens=longest, rules=rules), params)
+        roots = self._run(("room", total, longest), partial(self._room, rows=total, tokens=longest), params, rules)
         sizes = np.array([_power(len(ids), least=LEAST) for ids in rows])
         for size in sorted(set(sizes.tolist())):
             of_size = np.flatnonzero(sizes == size)
@@ -194,7 +221,7 @@ class Engine:
                 roots = self._run("read", self._read_some, params, roots, rules, *given, donate=(1,))
         return roots
 
-    def _room(self, params: Params, *, rows: int, tokens: int, rules: Rules) -> Roots:
+    def _room(self, params: Params, rules: Rules, *, rows: int, tokens: int) -> Roots:
         shapes = jax.eval_shape(
             partial(engine.open, self.model, rules=rules), params, *(jnp.zeros((rows, tokens), kind) for kind in (jnp.int32, bool))
         )
@@ -202,9 +229,13 @@ class Engine:
 
     def _read_some(self, params: Params, roots: Roots, rules: Rules, prompt: Any, mask: Any, at: Any) -> Roots:
         some = engine.open(self.model, params, prompt, mask, rules=rules)
-        seen = None if roots.seen is None else roots.seen.at[at].set(some.seen, mode="drop")
-        prompts = self.model.insert(roots.prompts, some.prompts, at)
-        return Roots(prompts, roots.hidden.at[at].set(some.hidden, mode="drop"), seen)
+        kept = {name: getattr(roots, name) for name in ("hidden", "seen", "prompt")}
+        new = {name: getattr(some, name) for name in kept}
+        if some.prompt is not None:
+            more = kept["prompt"].shape[1] - prompt.shape[1]
+            new["prompt"] = jnp.pad(some.prompt, ((0, 0), (more, 0)), constant_values=-1)
+        kept = jax.tree.map(lambda there, x: there.at[at].set(x, mode="drop"), kept, new)
+        return Roots(self.model.insert(roots.prompts, some.prompts, at), **kept)
 
     def _begin(
         self, roots: Roots, rules: Rules, seed: Any, number: Any, limit: Any, count: Any, *, slots: int, group: int, tokens: int
@@ -214,7 +245,7 @@ class Engine:
         root = first // (slots // self.lanes) * (number.shape[0] // self.lanes)
         seated = engine.seat(self.model, roots, root, keys[first % keys.shape[0]], tokens=tokens, rules=rules)
         record = engine.blank(keys.shape[0], tokens, rules=rules, dtype=seated.record.logp.dtype)
-        queue = Queue(keys, limit, jnp.zeros_like(count), count)
+        queue = Queue(keys, limit, jnp.zeros_like(count), count, jnp.zeros((), jnp.int32))
         return engine.close(seated, jnp.ones(slots, bool)), record, queue
 
     def _drain(
@@ -228,6 +259,7 @@ class Engine:
         n: int,
         progress: Progress | None,
         stopping: Callable[[], bool] | None,
+        pace: speculation.Pace | None,
     ) -> tuple[Record, bool]:
         """Runs the queue empty, segment by segment, in fewer and fewer slots; `state` is what `_begin` made."""
         sizes = engine.buckets(slots, lanes=self.lanes)
@@ -239,15 +271,27 @@ class Engine:
             alive = out[0].record.status == engine.LIVE
             most = jnp.max(jnp.sum(alive.reshape(self.lanes, -1), axis=1, dtype=jnp.int32))
             tokens = jnp.sum(out[1].length) + jnp.sum(jnp.where(alive, out[0].record.length, 0))
-            return *out, (most, jnp.sum(alive, dtype=jnp.int32), jnp.sum(out[2].count - out[2].taken), tokens)
+            told = [most, jnp.sum(alive, dtype=jnp.int32), jnp.sum(out[2].count - out[2].taken), tokens, out[2].steps]
+            ended, growing = out[1].drafts, out[0].record.drafts
+            if ended is not None and growing is not None:
+                told += [*(jnp.sum(ended, axis=0) + jnp.sum(growing * alive[:, None].astype(jnp.int32), axis=0))]
+            return *out, told
 
-        steps = np.int32(self.segment)
-        for following in (*sizes[1:], 0):
+        before = [0, 0]
+        for size, following in zip(sizes, (*sizes[1:], 0), strict=True):
             least = following // self.lanes
+            kind = (size, state[0].record.tokens.shape[1])
             while True:
-                given = (params, roots, rules, *state, steps, np.int32(least))
-                *state, told = self._run(("grow", n), grow, *given, donate=(3, 4, 5))
-                live, alive, waiting, tokens = (int(x) for x in sharding.fetch(told))
+                drafting, steps = (True, self.segment) if pace is None else pace.next(kind)
+                now = rules if drafting else replace(rules, draft=0)
+                given = (params, roots, now, *state, np.int32(steps), np.int32(least))
+                program, begun = self._program(("grow", n), grow, *given, donate=(3, 4, 5)), time.perf_counter()
+                *state, told = program(*given)
+                live, alive, waiting, tokens, made, *drafts = (int(x) for x in sharding.fetch(told))
+                if pace is not None:
+                    new = (drafts[0] - before[0], drafts[1] - before[1])
+                    pace.told(kind, drafting, steps=made, seconds=time.perf_counter() - begun, drafts=new)
+                before = drafts
                 if progress is not None:
                     total = int(np.sum(sharding.fetch(state[2].count)))
                     progress(total - waiting - alive, total, tokens)

@@ -6,7 +6,7 @@ the batch. Log-probability and mask are recorded where the token is sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,17 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxreason.batch import PromptBatch
 from jaxreason.models.decoder import Model
-from jaxreason.sampling import engine, stops
+from jaxreason.sampling import engine, speculation, stops
 from jaxreason.sampling.engine import Queue, Rules
 from jaxreason.sampling.law import Law
+
+
+@dataclass(frozen=True)
+class ParkingConfig:
+    """Partial rollouts: what a step leaves unfinished is parked, and goes on in the next."""
+
+    step_tokens: int = 0  # the most tokens that a completion grows by in a step; 0: all it has, nothing is parked
+    cache: str = "recomputed"  # what goes on reads its own tokens again ('recomputed'), or as older policies did ('kept')
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class SamplingConfig:
     bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its score)
     stop: tuple[str, ...] = ()  # strings that end a completion, and are left out of its text
     slots: int = 0  # completions that grow at a time, which bounds the cache; 0: all of them
-    step_tokens: int = 0  # the most tokens that a completion grows by in a step, and goes on in the next; 0: all it has
-    parked_cache: str = "recomputed"  # what goes on reads its own tokens again ('recomputed'), or as older policies did ('kept')
+    parking: ParkingConfig = field(default_factory=ParkingConfig)
+    draft: int = 0  # tokens drafted a step by looking the last ones up in the text so far; what is sampled stays the same
 
     @property
     def law(self) -> Law:
@@ -83,26 +91,30 @@ def sample(
     search: stops.Machine | None = None,
     slots: int = 0,
     lanes: int = 1,
+    draft: int = 0,
 ) -> Sampled:
     """`group` completions of each prompt, by softmax(logits / temperature) or another law; without a key greedy. To be traced.
 
     Tokens after a completion's end are `pad_id` with mask False. `search` finds stop strings. With fewer `slots` than completions
     (0: as many) a slot takes the next completion when its own has ended, and what comes out is the same. `lanes`: devices that
-    problems are split over.
+    problems are split over. With a `draft` of so many tokens a step (speculation.py) nothing else comes out, to rounding.
     """
     problems, tokens = prompts.prompt.shape[0], max_completion_tokens
     total = problems * group
     law = Law(temperature=temperature) if law is None else law
-    rules = Rules(replace(law, greedy=True) if key is None else law, eos_ids, pad_id, search)
+    rules = Rules(replace(law, greedy=True) if key is None else law, eos_ids, pad_id, search, draft=draft)
     params = model.prepare_sampling(params)
+    speculation.check(model, params, draft=draft, lanes=problems)
     roots = engine.open(model, params, prompts.prompt, prompts.prompt_mask, rules=rules)
     keys = completion_keys(jax.random.key(0) if key is None else key, prompts.problem, group=group).reshape(-1)
     number = jnp.arange(total, dtype=jnp.int32)
     if slots == 0 or slots >= total:
         seated = engine.seat(model, roots, number // group, keys, tokens=tokens, rules=rules)
         # the same numbers as those that were looked up, but where devices split the problems nothing is sent
-        hidden = jnp.broadcast_to(roots.hidden[:, None], (problems, group, roots.hidden.shape[1]))
-        seated = replace(seated, hidden=hidden.reshape(total, -1))
+        hidden, prompt = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], (problems, group, x.shape[1])).reshape(total, -1), (roots.hidden, roots.prompt)
+        )
+        seated = replace(seated, hidden=hidden, prompt=prompt)
         limit = jnp.full(total, tokens, jnp.int32)
         record = engine.extend(model, params, roots, seated, rules=rules, limit=limit, width=0).record
     else:

@@ -111,6 +111,7 @@ def sample_and_score(
         search=None if stop is None else jax.tree.map(jnp.asarray, stop.machine),
         slots=config.slots,
         lanes=lanes,
+        draft=config.draft,
     )
     return sampled, score_traced(scoring, prompts, sampled, config=config)
 

@@ -107,10 +107,12 @@ def make_step(
 ) -> OnlineStep:
     """The jitted forms of one step. `number` is the step's number; all randomness is folded from it and the seed.
 
-    `parked` is what partial.layout says, where `sampling.step_tokens` asks for partial rollouts.
+    `parked` is what partial.layout says, where `sampling.parking.step_tokens` asks for partial rollouts.
     """
-    if bool(parked) != (sampling.step_tokens > 0):
-        raise ValueError(f"sampling.step_tokens is {sampling.step_tokens}: give `parked` as partial.layout makes it of this config")
+    if bool(parked) != (sampling.parking.step_tokens > 0):
+        raise ValueError(
+            f"parking.step_tokens is {sampling.parking.step_tokens}: give `parked` as partial.layout makes it of this config"
+        )
     split = Split(config.problems_per_update, config.problems_per_microbatch, config.epochs)
     update = make_update(model, algorithm, optimizer, law=sampling.law, split=split)
 
@@ -223,7 +225,7 @@ def reinforce(
     """
     place = placer(mesh)
     progress.stage(STAGE, config.steps, start)
-    parks = sampling.step_tokens > 0
+    parks = sampling.parking.step_tokens > 0
     seats = partial_rollouts.seats_of(resumed or {}, problems=config.problems_per_step)
 
     def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:

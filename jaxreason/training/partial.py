@@ -59,7 +59,7 @@ def layout(
     pad_id: int,
 ) -> Any:
     """Shapes and shardings of what a run parks, given those of all the model's weights; {} where it parks nothing."""
-    if not config.step_tokens:
+    if not config.parking.step_tokens:
         return {}
     return parking.layout(
         model,
@@ -70,7 +70,7 @@ def layout(
         prompt_tokens=config.max_prompt_tokens,
         tokens=config.max_completion_tokens,
         rules=rules_of(config, eos_ids=eos_ids, pad_id=pad_id),
-        kept=config.parked_cache == KEPT,
+        kept=config.parking.cache == KEPT,
     )
 
 
@@ -95,7 +95,7 @@ def sample(
 
     key = jax.vmap(keys)(parking.begun(parked, number), prompts.problem)
     rules = rules_of(config, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
-    parked = parking.grow(model, params, prompts, parked, number, key, rules=rules, step_tokens=config.step_tokens)
+    parked = parking.grow(model, params, prompts, parked, number, key, rules=rules, step_tokens=config.parking.step_tokens)
     done, record = parking.finished(parked)[:, None, None], parked.record
     shape = (*key.shape, -1)
     tokens, logp = record.tokens.reshape(shape), record.logp.reshape(shape)

@@ -24,7 +24,7 @@ from jaxreason.pipelines import experiment
 from jaxreason.sampling import engine, parking, stops
 from jaxreason.sampling.engine import Rules
 from jaxreason.sampling.law import Law
-from jaxreason.sampling.rollout import SamplingConfig, completion_keys
+from jaxreason.sampling.rollout import ParkingConfig, SamplingConfig, completion_keys
 from jaxreason.training import online, partial
 from jaxreason.training import state as states
 from jaxreason.training.collect import Scoring, total_reward
@@ -133,7 +133,7 @@ class Step(NamedTuple):
 
 def laid_out(made: Made, kind: str, step_tokens: int) -> Any:
     abstract = spec.abstract(made.model.specs, dtype="float32", mesh=made.mesh)
-    sampling = SamplingConfig(TP, T, step_tokens=step_tokens, parked_cache=kind)
+    sampling = SamplingConfig(TP, T, parking=ParkingConfig(step_tokens, kind))
     seats = {"config": sampling, "problems": P, "group": G, "eos_ids": STOPS, "pad_id": 0}
     return partial.layout(made.model, abstract, made.mesh, **seats)
 
@@ -147,7 +147,7 @@ def looped(kind: str, step_tokens: int, *, shape: Shape = ONE) -> tuple[Made, li
     config = online.OnlineConfig(
         steps=steps, problems_per_step=P, problems_per_update=P, problems_per_microbatch=P // 2, completions_per_problem=G
     )
-    sampling = SamplingConfig(TP, T, step_tokens=step_tokens, parked_cache=kind)
+    sampling = SamplingConfig(TP, T, parking=ParkingConfig(step_tokens, kind))
     parked = laid_out(made, kind, step_tokens)
     assert parked == {} or step_tokens
     step = online.make_step(
@@ -400,7 +400,7 @@ SETTINGS = (
     "--config.supervised.phases.base.steps=0",
     "--config.online.completions_per_problem=2",
     "--config.sampling.max_completion_tokens=24",
-    "--config.sampling.step_tokens=8",
+    "--config.sampling.parking.step_tokens=8",
     "--config.model.architecture.vocab_size=48",
     "--config.online.steps=7",
     "--config.checkpoint.every_steps=3",
@@ -419,7 +419,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, rule: str)
     from ..test_resume import assert_same_run, train
 
     config = configs.load(
-        str(CONFIG), [*SETTINGS, f"--config.sampling.parked_cache={kind}", f"--config.reward.accuracy.rule={rule}"]
+        str(CONFIG), [*SETTINGS, f"--config.sampling.parking.cache={kind}", f"--config.reward.accuracy.rule={rule}"]
     )
     assert train(config, tmp_path / "undisturbed")[0].finished
     assert not train(config, tmp_path / "stopped", checks=1 + 2)[0].finished
@@ -449,12 +449,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, rule: str)
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["sampling.step_tokens=-1"], "config.sampling.step_tokens is -1: expected 0 or more"),
-        (["sampling.step_tokens=37"], "step_tokens is 37, more than .* nothing would ever be parked"),
-        (["sampling.step_tokens=4", "sampling.slots=16"], "step_tokens is 4 and config.sampling.slots is 16"),
-        (["sampling.step_tokens=4", "sampling.parked_cache=stored"], "parked_cache is 'stored': expected 'recomputed' or 'kept'"),
+        (["sampling.parking.step_tokens=-1"], "config.sampling.parking.step_tokens is -1: expected 0 or more"),
+        (["sampling.parking.step_tokens=37"], "step_tokens is 37, more than .* nothing would ever be parked"),
+        (["sampling.parking.step_tokens=4", "sampling.slots=16"], "step_tokens is 4 and config.sampling.slots is 16"),
+        (["sampling.parking.step_tokens=4", "sampling.draft=2"], "step_tokens is 4 and config.sampling.draft is 2"),
         (
-            ["sampling.step_tokens=4", "algorithm.name=rloo", "algorithm.kwargs={}"],
+            ["sampling.parking.step_tokens=4", "sampling.parking.cache=stored"],
+            "parking.cache is 'stored': expected 'recomputed' or 'kept'",
+        ),
+        (
+            ["sampling.parking.step_tokens=4", "algorithm.name=rloo", "algorithm.kwargs={}"],
             "'rloo' holds for rows of the newest policy only",
         ),
     ],
@@ -468,7 +472,7 @@ def test_what_cannot_be_is_refused_by_name(settings: list[str], says: str, tmp_p
 
 
 def test_a_step_without_its_layout_is_refused() -> None:
-    assert dataclasses.replace(SamplingConfig(), step_tokens=4).parked_cache == "recomputed"
+    assert ParkingConfig(4).cache == "recomputed"
     mesh, model, *_ = make(ONE, "float32")
     with pytest.raises(ValueError, match="give `parked` as partial.layout makes it"):
         online.make_step(
@@ -478,7 +482,7 @@ def test_a_step_without_its_layout_is_refused() -> None:
             Scoring({"even": even_share}, {}, {"even": 1.0}, frozenset()),
             mesh,
             config=online.OnlineConfig(),
-            sampling=SamplingConfig(step_tokens=4),
+            sampling=SamplingConfig(parking=ParkingConfig(4)),
             eos_ids=STOPS,
             pad_id=0,
             seed=3,
