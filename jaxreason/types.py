@@ -44,6 +44,7 @@ class Completion:
     mask: Sequence[bool] = ()  # whether the policy chose it
     step_ends: Sequence[int] = ()  # places of the tokens within which a reasoning step ended
     after_stop: int = 0  # bytes of the last token that follow the stop string, and are not in the text
+    parent: int | None = None  # where it was forked: the completion that it continues
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,6 @@ def sample(given: argparse.Namespace) -> int:
             "eos_ids": e.tokenizer.eos_ids,
             "pad_id": e.tokenizer.pad_id,
             "stop": e.stop,
-            "lanes": shards,
         }
         return sample_and_score(model, e.scoring, params, prompts, None if given.greedy else key, **where)
 

@@ -89,6 +89,7 @@ class Model(NamedTuple):
     # What its law is told has the completion's shape
     logprobs: Logprobs | None = None
     balance_weight: float = 0.0  # of the load-balance loss, beside the policy's
+    lanes: int = 1  # devices that problems are split over, where each decodes the slots of its own prompts
 
     def completion_hidden(self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, completion: jax.Array) -> jax.Array:
         """The hidden states of `forward` alone."""
@@ -111,6 +112,7 @@ def make_decoder(architecture: Architecture, numerics: Numerics, mesh: Mesh, *, 
         project=partial(block.project if head.kind == "lm" else block.scores, c=c),
         numerics=numerics,
         logprobs=partial(_logprobs, c=c) if head.kind == "lm" else None,
+        lanes=sharding.problem_shards(mesh),
     )
 
 

@@ -56,6 +56,7 @@ class Record:
     length: Leaf  # [R] int32
     status: Leaf  # [R] int8: LIVE, why it stopped, or FREE
     after: Leaf  # [R] int32, bytes of the last token that follow the stop string
+    parent: Leaf  # [R] int32, the slot that it was forked from; -1: none
     drafts: Leaf | None = None  # [R, 2] int32, tokens drafted and accepted, where there are drafts
 
 
@@ -142,6 +143,7 @@ def blank(rows: int, tokens: int, *, rules: Rules, dtype: Any) -> Record:
         length=jnp.zeros(rows, jnp.int32),
         status=jnp.full(rows, FREE, jnp.int8),
         after=jnp.zeros(rows, jnp.int32),
+        parent=jnp.full(rows, -1, jnp.int32),
         drafts=jnp.zeros((rows, 2), jnp.int32) if rules.draft else None,
     )
 
@@ -151,7 +153,8 @@ def fork(model: Model, slots: Slots, parent: Int[Array, " S"], key: jax.Array) -
 
     What they share is copied exactly, so a child goes on as its parent would under the same key.
     """
-    return replace(_select(model, slots, parent), key=key)
+    children = _select(model, slots, parent)
+    return replace(children, key=key, record=replace(children.record, parent=parent))
 
 
 def _select(model: Model, slots: Slots, index: Int[Array, " S"]) -> Slots:
@@ -409,7 +412,8 @@ def _refill(roots: Roots, slots: Slots, queue: Queue, *, rules: Rules, group: in
 
     zero, begun = jnp.zeros_like(slots.root), _begun(roots, root)
     record = jax.tree.map(jnp.zeros_like, slots.record)  # LIVE is 0
-    record = jax.tree.map(put, replace(record, tokens=jnp.full_like(record.tokens, rules.pad_id)), slots.record)
+    record = replace(record, tokens=jnp.full_like(record.tokens, rules.pad_id), parent=jnp.full_like(record.parent, -1))
+    record = jax.tree.map(put, record, slots.record)
     slots = replace(
         slots,
         root=put(root, slots.root),

@@ -327,6 +327,7 @@ class Engine:
                     mask=record.mask[row, :length].tolist(),
                     step_ends=np.flatnonzero(record.step_end[row, :length]).tolist(),
                     after_stop=int(record.after[row]),
+                    parent=int(record.parent[row]) if record.parent[row] >= 0 else None,
                 )
             )
         return made

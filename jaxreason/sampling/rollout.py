@@ -90,16 +90,15 @@ def sample(
     law: Law | None = None,
     search: stops.Machine | None = None,
     slots: int = 0,
-    lanes: int = 1,
     draft: int = 0,
 ) -> Sampled:
     """`group` completions of each prompt, by softmax(logits / temperature) or another law; without a key greedy. To be traced.
 
     Tokens after a completion's end are `pad_id` with mask False. `search` finds stop strings. With fewer `slots` than completions
-    (0: as many) a slot takes the next completion when its own has ended, and what comes out is the same. `lanes`: devices that
-    problems are split over. With a `draft` of so many tokens a step (speculation.py) nothing else comes out, to rounding.
+    (0: as many) a slot takes the next completion when its own has ended, and what comes out is the same. With a `draft` of so many
+    tokens a step (speculation.py) nothing else comes out, to rounding.
     """
-    problems, tokens = prompts.prompt.shape[0], max_completion_tokens
+    problems, tokens, lanes = prompts.prompt.shape[0], max_completion_tokens, model.lanes
     total = problems * group
     law = Law(temperature=temperature) if law is None else law
     rules = Rules(replace(law, greedy=True) if key is None else law, eos_ids, pad_id, search, draft=draft)

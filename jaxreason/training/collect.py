@@ -92,7 +92,6 @@ def sample_and_score(
     eos_ids: tuple[int, ...],
     pad_id: int,
     stop: StopStrings | None = None,
-    lanes: int = 1,
 ) -> tuple[Sampled, dict[str, jax.Array]]:
     """Completions and the traced parts of their reward; greedy without a key. To be traced.
 
@@ -110,7 +109,6 @@ def sample_and_score(
         law=config.law,
         search=None if stop is None else jax.tree.map(jnp.asarray, stop.machine),
         slots=config.slots,
-        lanes=lanes,
         draft=config.draft,
     )
     return sampled, score_traced(scoring, prompts, sampled, config=config)

@@ -53,7 +53,7 @@ def make_evaluate(
     problems = task.heldout
     size = config.problems_per_batch
     ends = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id, "stop": stop}
-    run = partial(sample_and_score, model, scoring, config=sampling, group=1, lanes=sharding.problem_shards(mesh), **ends)
+    run = partial(sample_and_score, model, scoring, config=sampling, group=1, **ends)
     everywhere = sharding.named(mesh)
     greedy = jax.jit(lambda params, prompts: run(params, prompts, None), out_shardings=everywhere)
     place = placer(mesh)

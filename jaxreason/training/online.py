@@ -123,8 +123,7 @@ def make_step(
         group = config.completions_per_problem
         where = {"config": sampling, "group": group, "eos_ids": eos_ids, "pad_id": pad_id, "stop": stop}
         if not parked:
-            lanes = sharding.problem_shards(mesh)
-            return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), lanes=lanes, **where)
+            return sample_and_score(model, scoring, params, prompts, key(SAMPLING, number), **where)
         sampled = partial_rollouts.sample(model, params, prompts, parked, number, partial(key, SAMPLING), **where)
         return sampled, score_traced(scoring, prompts, sampled, config=sampling)
 

@@ -47,7 +47,7 @@ def prompts_of(mesh: Any, count: int = 4) -> PromptBatch:
 def drawn(model: Any, params: Any, mesh: Any, *, tokens: int, slots: int = 0, score: bool = False) -> Any:
     """Completions, and, where asked, their log-probabilities by the training forward pass."""
 
-    fixed: Any = {"group": GROUP, "max_completion_tokens": tokens, "slots": slots, "lanes": sharding.problem_shards(mesh)}
+    fixed: Any = {"group": GROUP, "max_completion_tokens": tokens, "slots": slots}
     fixed |= {"eos_ids": (2,), "pad_id": 0}
 
     def run(params: Any, prompts: PromptBatch, key: jax.Array) -> Any:

@@ -84,11 +84,12 @@ def same(a: Sampled, b: Sampled) -> None:
 
 @pytest.mark.parametrize("tokens", [24, 136])  # own tokens read whole, and in blocks
 def test_completions_do_not_depend_on_the_number_of_slots(tokens: int) -> None:
-    prompts = prompts_of(5, 33, 1, 40, 7, 12, width=40 if tokens < 100 else 70)  # short prompts are read otherwise than long ones
-    every = draw(policy(), prompts, group=4, tokens=tokens)
+    lengths = (5, 33, 1, 40, 7, 12) if tokens > 100 else (5, 33, 1, 40, 7, 12, 9, 2, 21, 38, 4, 6, 17, 3, 30, 11)
+    prompts = prompts_of(*lengths, width=70 if tokens > 100 else 40)  # long prompts are read otherwise than short ones
+    every = draw(policy(), prompts, group=4, tokens=tokens)  # of 16 prompts 64 completions
     lengths = every.mask.sum(axis=-1)
     assert lengths.min() < 4 and lengths.max() > 20  # uneven
-    for slots in (4, 16) if tokens < 100 else (7, 16):
+    for slots in (4, 16, 64) if tokens < 100 else (7, 16):
         same(draw(policy(), prompts, group=4, tokens=tokens, slots=slots), every)
 
 
@@ -129,8 +130,7 @@ def test_refilled_slots_on_a_mesh_make_the_same_completions(sizes: dict[str, int
         wide = Numerics(param_dtype="float64", matmul_dtype="float64")
         model = decoder.make_decoder(architecture(2), wide, mesh)
         params = spec.init(model.specs, jax.random.key(0), dtype="float64", mesh=mesh)
-        lanes = sharding.problem_shards(mesh)
-        fixed: Any = {"group": 4, "max_completion_tokens": tokens, "eos_ids": (EOS,), "pad_id": PAD, "slots": slots, "lanes": lanes}
+        fixed: Any = {"group": 4, "max_completion_tokens": tokens, "eos_ids": (EOS,), "pad_id": PAD, "slots": slots}
         prompts = sharding.place(mesh, prompts_of(5, 33, 1, 40, 7, 12, 9, 3), ("problems",))
         run = jax.jit(partial(sample, model, **fixed), compiler_options=QUICK)
         return jax.tree.map(np.asarray, run(params, prompts, jax.random.key(7)))
@@ -283,8 +283,11 @@ def test_forks_with_other_keys_share_their_beginning_and_differ_after_it() -> No
     start = extended(opened(prompts_of(33), 4, law=Law(temperature=2.0)), 7)
     parent = jnp.full(4, int(np.argmax(start.slots.record.status == engine.LENGTH)))
     slots = engine.fork(policy().model, start.slots, parent, jax.random.split(jax.random.key(3), 4))
-    tokens = np.asarray(extended(start._replace(slots=slots), 20).slots.record.tokens)
+    out = extended(start._replace(slots=slots), 20).slots.record
+    tokens = np.asarray(out.tokens)
     assert (tokens[:, :7] == tokens[:1, :7]).all() and len({tuple(row) for row in tokens}) == 4
+    np.testing.assert_array_equal(out.parent, parent)
+    assert (np.asarray(start.slots.record.parent) == -1).all()
 
 
 def test_extending_in_two_parts_is_extending_once() -> None:

@@ -247,9 +247,9 @@ def test_frequencies_of_sequences_are_the_laws() -> None:
 # ---- slots, verbs, meshes
 
 
-def sampler(model: Model, draft: int, slots: int, lanes: int = 1) -> Any:
+def sampler(model: Model, draft: int, slots: int) -> Any:
     fixed: Any = {"group": 4, "max_completion_tokens": 24, "eos_ids": (22,), "pad_id": PAD}
-    return jax.jit(partial(sample, model, **fixed, draft=draft, slots=slots, lanes=lanes), compiler_options=QUICK)
+    return jax.jit(partial(sample, model, **fixed, draft=draft, slots=slots), compiler_options=QUICK)
 
 
 def test_completions_do_not_depend_on_slots_or_drafts() -> None:
@@ -268,7 +268,7 @@ def test_refilled_slots_on_a_mesh_with_drafts_make_the_same_completions() -> Non
         drawn = spec.init(model.specs, jax.random.key(0), dtype="float64", mesh=mesh)
         params = jax.device_put(repeating(drawn, strength=1.4), spec.shardings(model.specs, mesh))
         prompts = sharding.place(mesh, prompts_of(5, 19, 1, 12, 7, 12, 9, 3), ("problems",))
-        out = sampler(model, draft, slots, sharding.problem_shards(mesh))(params, prompts, jax.random.key(7))
+        out = sampler(model, draft, slots)(params, prompts, jax.random.key(7))
         return jax.tree.map(np.asarray, out)
 
     with jax.enable_x64(True):
