@@ -45,9 +45,10 @@ from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Numerics
 from jaxreason.models.tokenizer import load_tokenizer, save_word_tokenizer
 from jaxreason.sampling import engine
-from jaxreason.sampling.engine import Queue, Rules
+from jaxreason.sampling.engine import Rules
 from jaxreason.sampling.generate import Engine
 from jaxreason.sampling.law import Law
+from jaxreason.sampling.queue import Queue, buckets, compact, drain
 from jaxreason.sampling.rollout import sample
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP = 512, 256, 4, 4, 2, 1024
@@ -163,15 +164,15 @@ class Uneven:
 
         def grow(params: Any, roots: Any, slots: Any, record: Any, queue: Any, least: Any) -> Any:
             fixed: Any = {"rules": RULES, "group": self.group, "least": least, "width": self.group}
-            return engine.drain(m, params, roots, slots, record, queue, **fixed)
+            return drain(m, params, roots, slots, record, queue, **fixed)
 
         state = b.run(("begin", tokens), begin, roots, self.keys, lengths)
-        sizes = engine.buckets(self.slots)
+        sizes = buckets(self.slots)
         for size, following in zip(sizes, (*sizes[1:], 0), strict=True):
             least = np.int32(following)
             state = b.run(("grow", size, tokens), grow, params, roots, *state, least, donate=(2, 3, 4))
             if following:
-                moved = partial(engine.compact, m, slots_left=following)
+                moved = partial(compact, m, slots_left=following)
                 state = (b.run(("compact", following, tokens), moved, state[0]), *state[1:])
         return state[1].tokens
 

@@ -22,8 +22,9 @@ from jaxreason import sharding
 from jaxreason.models import decoder, spec
 from jaxreason.models.config import Architecture, Numerics
 from jaxreason.sampling import engine
-from jaxreason.sampling.engine import Queue, Rules
+from jaxreason.sampling.engine import Rules
 from jaxreason.sampling.law import Law
+from jaxreason.sampling.queue import Queue, buckets, compact, drain
 
 SLOTS, GROUP, PROBLEMS = 8, 4, 8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5B4FA2", "#7A5C2E")  # a prompt's; told apart
@@ -45,9 +46,9 @@ def refilled(lengths: np.ndarray) -> list[list[tuple[int, bool]]]:
     none = jnp.zeros(1, jnp.int32)
     queue = Queue(keys, jnp.asarray(lengths, jnp.int32), none, none + lengths.size)
     record = engine.blank(lengths.size, tokens, rules=rules, dtype=jnp.float32)
-    one = jax.jit(partial(engine.drain, model, rules=rules, group=GROUP, steps=1))
+    one = jax.jit(partial(drain, model, rules=rules, group=GROUP, steps=1))
     steps = []
-    for following in (*engine.buckets(SLOTS, least=2)[1:], 0):
+    for following in (*buckets(SLOTS, least=2)[1:], 0):
         while True:
             before = np.asarray(record.length) > 0  # what had ended by then
             slots, record, queue = one(params, roots, slots, record, queue)
@@ -59,7 +60,7 @@ def refilled(lengths: np.ndarray) -> list[list[tuple[int, bool]]]:
             if not waiting and int(jnp.sum(slots.record.status == engine.LIVE)) <= following:
                 break
         if following:
-            slots = engine.compact(model, slots, slots_left=following)
+            slots = compact(model, slots, slots_left=following)
             now = np.asarray(slots.number).tolist()
     assert (np.asarray(record.length) == lengths).all()
     return steps

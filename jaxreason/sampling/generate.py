@@ -23,8 +23,9 @@ from jaxreason.compiling import compiled
 from jaxreason.models.decoder import Model, Params
 from jaxreason.models.tokenizer import Tokenizer
 from jaxreason.sampling import engine, law, speculation, stops
-from jaxreason.sampling.engine import Queue, Record, Roots, Rules, Slots
+from jaxreason.sampling.engine import Record, Roots, Rules, Slots
 from jaxreason.sampling.law import Law
+from jaxreason.sampling.queue import Queue, buckets, collect, compact, drain
 from jaxreason.sampling.rollout import completion_keys
 from jaxreason.types import Completion, StopReason
 
@@ -262,10 +263,10 @@ class Engine:
         pace: speculation.Pace | None,
     ) -> tuple[Record, bool]:
         """Runs the queue empty, segment by segment, in fewer and fewer slots; `state` is what `_begin` made."""
-        sizes = engine.buckets(slots, lanes=self.lanes)
+        sizes = buckets(slots, lanes=self.lanes)
 
         def grow(params: Any, roots: Any, rules: Rules, slots: Any, record: Any, queue: Any, steps: Any, least: Any) -> Any:
-            out = engine.drain(
+            out = drain(
                 self.model, params, roots, slots, record, queue, rules=rules, group=n, steps=steps, least=least, width=min(n, 8)
             )
             alive = out[0].record.status == engine.LIVE
@@ -301,12 +302,12 @@ class Engine:
                     return self._run("collect", self._collect, state[0], state[1]), False
             if not live:
                 break
-            moved = partial(engine.compact, self.model, slots_left=following, lanes=self.lanes)
+            moved = partial(compact, self.model, slots_left=following, lanes=self.lanes)
             state = (self._run(("compact", following), moved, state[0]), *state[1:])
         return state[1], True
 
     def _collect(self, slots: Slots, record: Record) -> Record:
-        return engine.collect(slots, record, slots.record.status == engine.LIVE)
+        return collect(slots, record, slots.record.status == engine.LIVE)
 
     def _completions(self, record: Record, params: Params, *, stop: tuple[str, ...]) -> list[Completion]:
         vocabulary = self.tokenizer.vocabulary(self._vocab_size(params)) if stop else []

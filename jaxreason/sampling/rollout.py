@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from jaxreason.batch import PromptBatch
 from jaxreason.models.decoder import Model
 from jaxreason.sampling import engine, speculation, stops
-from jaxreason.sampling.engine import Queue, Rules
+from jaxreason.sampling.engine import Rules
 from jaxreason.sampling.law import Law
+from jaxreason.sampling.queue import Queue, drain
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def sample(
         lane = jnp.zeros(lanes, jnp.int32)
         queue = Queue(keys, jnp.full(total, tokens, jnp.int32), lane, lane + total // lanes)
         record = engine.blank(total, tokens, rules=rules, dtype=seated.record.logp.dtype)
-        _, record, _ = engine.drain(model, params, roots, seated, record, queue, rules=rules, group=group, width=min(group, 8))
+        _, record, _ = drain(model, params, roots, seated, record, queue, rules=rules, group=group, width=min(group, 8))
     shape = (problems, group)
     return Sampled(
         record.tokens.reshape(*shape, tokens),

@@ -22,6 +22,7 @@ from jaxreason.sampling import engine, stops
 from jaxreason.sampling import law as laws
 from jaxreason.sampling.engine import Rules
 from jaxreason.sampling.law import Law
+from jaxreason.sampling.queue import buckets, compact
 from jaxreason.sampling.rollout import Sampled, completion_keys, sample
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "models"
@@ -385,13 +386,13 @@ def test_compaction_keeps_who_lives() -> None:
     at = extended(opened(prompts_of(5, 33, 9), 8), 20, steps=2)
     assert (at.slots.record.status[::2] == engine.LIVE).all()
     closed = engine.close(at.slots, jnp.asarray([False, True] * 4))
-    moved = extended(at._replace(slots=engine.compact(policy().model, closed, slots_left=4)), 20).slots.record
+    moved = extended(at._replace(slots=compact(policy().model, closed, slots_left=4)), 20).slots.record
     whole = extended(at, 20).slots.record
     for name in ("tokens", "length", "status"):
         np.testing.assert_array_equal(getattr(moved, name), getattr(whole, name)[::2])
 
 
 def test_buckets_halve() -> None:
-    assert engine.buckets(32) == (32, 16, 8, 4)
-    assert engine.buckets(32, lanes=4) == (32, 16)
-    assert engine.buckets(7) == (7,)
+    assert buckets(32) == (32, 16, 8, 4)
+    assert buckets(32, lanes=4) == (32, 16)
+    assert buckets(7) == (7,)

@@ -23,6 +23,7 @@ from jaxreason.sampling import engine, speculation, stops
 from jaxreason.sampling.engine import Rules
 from jaxreason.sampling.generate import Engine
 from jaxreason.sampling.law import Law
+from jaxreason.sampling.queue import compact
 from jaxreason.sampling.rollout import completion_keys, sample
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "models"
@@ -295,7 +296,7 @@ def test_drafts_after_a_fork_an_append_and_a_compaction() -> None:
         at = extend(engine.append(model, ready, roots, at, fed, count, rules=rules, width=2), limit=jnp.full(8, 17))
         at = engine.close(at, jnp.arange(8) % 2 == 1)
         at = replace(at, record=replace(at.record, status=jnp.where(jnp.arange(8) % 2 == 0, jnp.int8(0), at.record.status)))
-        return extend(engine.compact(model, at, slots_left=4), limit=jnp.full(4, 39)).record
+        return extend(compact(model, at, slots_left=4), limit=jnp.full(4, 39)).record
 
     plain, out = (jax.jit(run, compiler_options=QUICK)(weights(), Rules(Law(), (), PAD, draft=draft)) for draft in (0, 4))
     same(out, plain)
