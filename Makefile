@@ -1,10 +1,10 @@
 # `make demo` trains the quickstart, `make test` runs the fast tests. Both first make .venv, once.
 # PYTHON=... chooses the interpreter; the first of python3, python3.12, python3.13, python3.11 that is new enough is used otherwise.
-# JOBS=4 tests in four processes.
+# JOBS=8 tests in eight processes; as many as there are cores, from two to four, otherwise.
 
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS := 2
+JOBS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); [ $$cores -gt 4 ] && cores=4; [ $$cores -lt 2 ] && cores=2; echo $$cores)
 export PYTHON
 
 .PHONY: demo test test-all lint docs clean
@@ -14,10 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxreason train --config configs/quickstart.py --workdir runs/quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ""
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

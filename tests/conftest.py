@@ -43,6 +43,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = Path(os.environ.get("JAXREASON_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+# Files whose tests take longest, which begin first: one that began last would leave the other processes idle.
+LONGEST = (
+    "test_resume.py",
+    "test_partial.py",
+    "test_engine.py",
+    "test_speculation.py",
+    "test_commands.py",
+    "test_signals.py",
+    "test_mesh.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
     """Tracing makes millions of small objects; looking through all of them again and again was a tenth of the time."""
     gc.collect()

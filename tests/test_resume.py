@@ -141,6 +141,7 @@ def test_a_run_stopped_again_and_again_is_the_undisturbed_one(short: configs.Con
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_several_updates_a_step_without_a_supervised_stage(tmp_path: Path) -> None:
     config = configs.load(str(CONFIG), SEVERAL_UPDATES)
     assert config.online.updates_per_step == 4

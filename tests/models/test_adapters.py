@@ -560,6 +560,7 @@ def test_mistakes_with_linen(unchecked: None) -> None:
 # ------------------------------------------------------------------------------------------------------------- example
 
 
+@pytest.mark.slow
 def test_the_example_learns(one_device: dict[str, str]) -> None:
     environment = os.environ | one_device | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", str(ROOT / "examples" / "bring_your_own_model.py")]

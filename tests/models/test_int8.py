@@ -256,6 +256,7 @@ def left(workdir: Path) -> dict[str, Any]:
     return {"metrics": lines} | {str(path.relative_to(workdir)): path.read_bytes() for path in kept}
 
 
+@pytest.mark.slow
 def test_a_run_trains_saves_resumes_and_exports_adapters(base: Path, tmp_path: Path, compiled_once: None) -> None:
     """Supervised, then reinforced: 4 steps = 2 + stop + 2, bit for bit; the policy is the checkpoint with what was exported."""
     config = configs.load(str(TESTS / "short_run.py"), [f"--config.{each}" for each in (*RUN, f"model.path={base}")])

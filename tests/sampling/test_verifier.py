@@ -40,7 +40,9 @@ def made(architecture: Architecture, shape: tuple[int, int], **head: Any) -> tup
     return model, spec.init(model.specs, jax.random.key(len(head)), dtype="float32", mesh=mesh)
 
 
-@pytest.mark.parametrize(("head", "shape"), [(Head("sequence", 1), (1, 1)), (Head("token", 2), (3, 2))])
+@pytest.mark.parametrize(
+    ("head", "shape"), [pytest.param(Head("sequence", 1), (1, 1), marks=pytest.mark.slow), (Head("token", 2), (3, 2))]
+)
 def test_scores_of_growing_forked_and_fed_slots_are_those_of_whole_rows(head: Head, shape: tuple[int, int]) -> None:
     """extend, score, fork, append, score: each time as if every prefix were read from its beginning."""
     policy, params = made(POLICY, shape)

@@ -260,6 +260,7 @@ def made(mesh: Mesh) -> decoder.Model:
     return decoder.make_decoder(Architecture(), Numerics("bfloat16", "bfloat16"), mesh)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_copies_restores_on_another_mesh(tmp_path: Path):
     """A decoder's state, bitwise, where the other mesh wants it; its copies are more than its parameters by then."""
     mesh, other = make_mesh(2, 2), make_mesh(4, 2)

@@ -268,7 +268,8 @@ def test_metrics_are_means_over_the_groups_that_ended() -> None:
     assert any(0 < share < 1 for share in shares) and position > P
 
 
-@pytest.mark.parametrize("kind", ["recomputed", pytest.param("kept", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["recomputed", "kept"])
 def test_on_a_mesh_it_is_the_same(kind: str) -> None:
     (_, one), (_, eight) = looped(kind, 4), looped(kind, 4, shape=(2, 2, 2))
     for a, b in zip(one, eight, strict=True):
@@ -299,9 +300,8 @@ def test_what_is_parked_lies_with_its_problems() -> None:
 # -------------------------------------------------------------------------------------------------------------- the update
 
 
-@pytest.mark.parametrize(
-    "name", ["lite_ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "dapo", "kimi_k15", "decoupled_ppo"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lite_ppo", "grpo", "dapo", "kimi_k15", "decoupled_ppo"])
 def test_a_completion_counts_the_same_however_few_groups_end(name: str) -> None:
     """An update from 4 groups of 8 = half the update from those 4 alone, whatever lies in the others."""
     mesh, model, params, reference = make(ONE, "float32")
