@@ -164,7 +164,9 @@ def _implementation(c: Context) -> str:
     """What reads the cache."""
     a, n = c.architecture, c.numerics
     size = a.latent.kv_rank + a.latent.rotated if a.latent.kv_rank else a.head_size
-    return slot_kernels.choose(n.sampling_attention, platform=c.mesh.devices.flat[0].platform, dtype=n.matmul_dtype, size=size)
+    device = c.mesh.devices.flat[0]
+    where = {"platform": device.platform, "capability": str(getattr(device, "compute_capability", ""))}
+    return slot_kernels.choose(n.sampling_attention, dtype=n.matmul_dtype, size=size, **where)
 
 
 def _inputs(weights: Params, x: jax.Array, rotation: Any, c: Context) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -195,7 +195,7 @@ class Numerics:
     sampling_cache: str = (
         ""  # keys and values: 'int8', each rounded by itself | 'bfloat16' | matmul_dtype; '' is that, on GPUs and TPUs bfloat16
     )
-    sampling_attention: str = ""  # over what is kept: 'xla' | 'pallas' (TPU); '': the platform's
+    sampling_attention: str = ""  # over what is kept: 'xla' | 'pallas' (TPU; GPU, never run yet); '': 'pallas' on TPUs, else 'xla'
 
     @property
     def activation(self) -> str:

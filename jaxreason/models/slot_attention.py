@@ -4,8 +4,8 @@ A prompt's keys and values are held once and read by all of its slots. Own ones 
 as much as it has tokens. Both are read in one of two forms, which merge as softmaxes over parts do (arXiv:2205.14135, section 3.1):
 `whole` reads rows from end to end, which is best when they are short or all full; `blocks` lists the blocks of rows that
 hold anything for a live slot, and goes through that list some at a time, so that its work is the sum of the lengths, not
-slots x the longest. A long row is both: its first places, which most slots have filled, and blocks for the rest. On TPUs
-blocks are a kernel's (slot_kernels.py), which reads them where they lie.
+slots x the longest. A long row is both: its first places, which most slots have filled, and blocks for the rest. On TPUs,
+and on GPUs if it is named, blocks are a kernel's (slot_kernels.py), which reads them where they lie.
 """
 
 from __future__ import annotations

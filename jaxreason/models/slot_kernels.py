@@ -1,13 +1,15 @@
-"""Decoding's attention over blocks of kept keys and values, as a Pallas kernel for TPUs.
+"""Decoding's attention over blocks of kept keys and values, as a Pallas kernel: which one, what it reads, and that for TPUs.
 
 A row of queries reads `count` blocks of one row of keys from block `begin` on. Lengths are known before a step's blocks are
 fetched, so that a block which nobody reads is not: its step names the block that is there already (PrefetchScalarGridSpec).
 What is written is a softmax's parts, which merge with those of other keys. A block is 128 keys, the lanes of a TPU's register:
-in rows of 32 three quarters of what is fetched would be padding. Deliberately absent: pages that lie anywhere; a form for GPUs.
+in rows of 32 three quarters of what is fetched would be padding. The same reads by a GPU's kernel are in slot_kernels_gpu.py.
+Deliberately absent: pages that lie anywhere.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,29 +24,44 @@ BLOCK = 128  # keys
 FETCH = 2**20  # bytes of keys and values in a step, about; of so many kv heads at once
 FAST = 2**24  # bytes that a TPU kernel's blocks may take without asking for more
 NAMES = ("xla", "pallas")
+INTERPRETED = ("interpreted", "interpreted triton")  # the kernels on any platform, slowly: for tests
 LOWEST = -1.7e38  # of scores: finite, so that a difference of two is a number
 
 
-def choose(name: str, *, platform: str, dtype: str, size: int) -> str:
-    """The implementation's name; '' is the kernel on TPUs where it can run, and XLA elsewhere.
+def choose(name: str, *, platform: str, dtype: str, size: int, capability: str = "") -> str:
+    """The implementation: 'xla', 'pallas' (the TPU's kernel) or 'triton' (the GPU's).
 
-    `size` is the keys' width and `dtype` the operands' type. A name that cannot run here is refused.
+    '' is the kernel on TPUs where it can run, and XLA elsewhere: that for GPUs, which nobody has run yet, must be named. `size` is
+    the keys' width, `dtype` the operands' type and `capability` the GPU's, '' where it is not known. A name that cannot run here
+    is refused.
     """
+    if name in ("xla", *INTERPRETED):
+        return name
     given = f"config.model.numerics.sampling_attention is '{name}'"
     unfit = "it works in float32 and was given float64" if dtype == "float64" else ""
-    if size % 8:
-        unfit = f"it takes keys of a multiple of 8 numbers and these have {size}"
-    if name in ("xla", "interpreted"):  # the latter is the kernel on any platform, slowly: for tests
-        return name
+    multiple = 16 if platform == "gpu" else 8
+    if size % multiple:
+        unfit = f"it takes keys of a multiple of {multiple} numbers and these have {size}"
     if name == "":
         return "pallas" if platform == "tpu" and not unfit else "xla"
     if name not in NAMES:
         raise ValueError(f"{given}, which is not known: expected '' for the best there is, {' or '.join(map(repr, NAMES))}")
-    if platform != "tpu":
-        raise ValueError(f"{given}, which runs on tpu, and this is {platform}: choose 'xla', or '' for the best there is")
+    if platform not in ("gpu", "tpu"):
+        raise ValueError(f"{given}, which runs on gpu and tpu, and this is {platform}: choose 'xla', or '' for the best there is")
+    if platform == "gpu":
+        unfit = unfit or _unfit_gpu(capability)
     if unfit:
         raise ValueError(f"{given}, and {unfit}: choose 'xla', or '' for the best there is")
-    return name
+    return "triton" if platform == "gpu" else name
+
+
+def _unfit_gpu(capability: str) -> str:
+    major = capability.split(".")[0]  # AMD's are 'gfx...'
+    if major and not (major.isdecimal() and int(major) >= 8):
+        return f"it takes NVIDIA GPUs of compute capability 8.0 or more and this one's is {capability}"
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:  # deprecated in jax 0.11.2
+        return f"it needs jax.experimental.pallas.triton, which jax {jax.__version__} has not"
+    return ""
 
 
 Parts = tuple[jax.Array, jax.Array, jax.Array]  # as slot_attention.Part
@@ -114,8 +131,11 @@ def _read(q: jax.Array, kept: Any, reads: Reads, nearest: jax.Array, *, law: Law
     row, begin = (jnp.where(count > 0, x, 0) for x in (row, begin))
     reads = reads._replace(row=row, begin=begin, count=count)
     q = q if isinstance(kept.k, Rounded) else q.astype(kept.k.dtype)
-    fixed: Any = {"window": law.window, "cap": law.softcap, "number": kept.number, "interpret": by == "interpreted"}
-    return read_blocks(q, kept.k, kept.v, reads, axis=getattr(kept, "axis", -1), **fixed)
+    fixed: Any = {"window": law.window, "cap": law.softcap, "number": kept.number, "interpret": by in INTERPRETED}
+    run = read_blocks
+    if by.endswith("triton"):
+        from jaxreason.models.slot_kernels_gpu import read_blocks as run  # here, as it imports what stands here
+    return run(q, kept.k, kept.v, reads, axis=getattr(kept, "axis", -1), **fixed)
 
 
 def read_blocks(
@@ -146,7 +166,7 @@ def read_blocks(
     at = jnp.pad(reads.at, ((0, 0), (0, more)))[..., None]
     lead = () if number is None else (None,)
     in_blocks = len(k.shape) == 5 + len(lead)
-    arrays = _arrays(k, axis) + _arrays(v, -2)
+    arrays = arrays_of(k, axis) + arrays_of(v, -2)
     taken, wide = [x for x, _ in arrays], size if v is None else v.shape[-1]
     together = _heads(kv_heads, sum(BLOCK * x.shape[-3 - axis] * x.dtype.itemsize for x, axis in arrays))
 
@@ -195,7 +215,7 @@ def read_blocks(
     return top[:, :, :queries, 0], total[:, :, :queries, 0], out[:, :, :queries]
 
 
-def _arrays(kept: Any, axis: int) -> list[tuple[jax.Array, int]]:
+def arrays_of(kept: Any, axis: int) -> list[tuple[jax.Array, int]]:
     """Arrays with the axis of their places."""
     if kept is None:
         return []
@@ -228,14 +248,14 @@ def _kernel(told: Any, row: Any, first: Any, begin: Any, count: Any, at: Any, q:
         seen = (key >= first[r]) & (key <= mine) & (mine - key < told[0])
         for h in range(how["heads"]):
             keys, key_scale, values, value_scale = _unpacked(kept, h, q.dtype, **how)
-            scores = softcap(_dot(q[h], keys, how["inner"]) * key_scale, how["cap"])
+            scores = softcap(dot(q[h], keys, how["inner"]) * key_scale, how["cap"])
             scores = jnp.where(seen, scores, LOWEST)
             before = top[h]
             highest = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
             e, shrunk = jnp.exp(scores - highest), jnp.exp(before - highest)
             top[h] = highest
             total[h] = total[h] * shrunk + jnp.sum(e, axis=1, keepdims=True)
-            added = _dot((e * value_scale).astype(values.dtype), values, 0 if how["valued"] else 1 - how["inner"])
+            added = dot((e * value_scale).astype(values.dtype), values, 0 if how["valued"] else 1 - how["inner"])
             out[h] = out[h] * shrunk + added
 
 
@@ -248,5 +268,5 @@ def _unpacked(kept: list[Any], h: int, dtype: Any, *, rounded: bool, valued: boo
     return keys, kept[1][h], values, kept[3 if valued else 1][h]
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

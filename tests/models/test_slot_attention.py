@@ -1,6 +1,6 @@
-"""Decoding's attention, by XLA and by the TPU's kernel, against a loop over queries; the kernel compiled for a TPU where libtpu is.
+"""Decoding's attention, by XLA and by each kernel, against a loop over queries; the TPU's compiled where libtpu is.
 
-Here the kernel runs in Pallas's interpreter, which makes none of the checks that its compiler makes.
+Here a kernel runs in Pallas's interpreter, which makes none of the checks that its compiler makes.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def attended(name: str, implementation: str) -> np.ndarray:
 SLOW = ("plain", "short", "bfloat16")  # others ask most of it too
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpreted"])
+@pytest.mark.parametrize("implementation", ["xla", "interpreted", "interpreted triton"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_attention_is_the_loops(name: str, implementation: str) -> None:
     want, live = expected(name), LIVE[: len(given(name).q)]
@@ -193,7 +193,7 @@ SCANNED = pytest.param({}, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("sizes", [SCANNED, {"data": 2, "tensor": 2}], ids=["scanned", "mesh"])
 def test_a_model_decodes_the_same(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the kernel and through XLA: two tokens a slot, then two more; prompts in rows, own tokens in blocks."""
+    """Through each kernel and through XLA: two tokens a slot, then two more; prompts in rows, own tokens in blocks."""
     if not sizes:
         monkeypatch.setattr(caches, "UNROLLED_LAYERS", 0)
     mesh, rng = mesh_of(**sizes), np.random.default_rng(0)
@@ -218,11 +218,13 @@ def test_a_model_decodes_the_same(sizes: dict[str, int], monkeypatch: pytest.Mon
         params = spec.init(model.specs, jax.random.key(0), dtype="float32", mesh=mesh)
         return np.asarray(jax.jit(run, compiler_options=QUICK)(params))
 
-    np.testing.assert_allclose(made("interpreted"), made("xla"), rtol=0, atol=1e-5)
+    want = made("xla")
+    for kernel in slot_kernels.INTERPRETED:
+        np.testing.assert_allclose(made(kernel), want, rtol=0, atol=1e-5)
 
 
-def decoding(mesh: Any, *, latent: bool = False, layers: int = 2, **numerics: Any) -> Any:
-    """16 steps of 16 slots, each of two tokens, lowered for a mesh's devices."""
+def decoding(mesh: Any, *, latent: bool = False, layers: int = 2, platform: str = "tpu", **numerics: Any) -> Any:
+    """16 steps of 16 slots, each of two tokens, lowered for a mesh's devices or such as those of this platform."""
     sizes: Any = {"hidden_size": 256, "layers": layers, "heads": 4, "kv_heads": 4 if latent else 2, "mlp_size": 512}
     if latent:
         sizes |= {"family": "deepseek_v3", "latent": Latent(512, 0, 64, 128)}
@@ -247,7 +249,7 @@ def decoding(mesh: Any, *, latent: bool = False, layers: int = 2, **numerics: An
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.named(mesh, ("problems",)))
 
     args = (spec.abstract(model.specs, dtype="float32", mesh=mesh), given(8, 200), given(16, 2), given(16))
-    return jax.jit(run).trace(*args).lower(lowering_platforms=("tpu",))
+    return jax.jit(run).trace(*args).lower(lowering_platforms=(platform,))
 
 
 LOWERED = [{"sampling_cache": "bfloat16", "layers": 9}, {"sampling_cache": "int8"}, {"sampling_cache": "int8", "latent": True}]
@@ -283,7 +285,7 @@ def test_the_kernel_is_chosen_where_it_can_run() -> None:
     assert best(platform="tpu", size=20) == best(platform="tpu", dtype="float64") == "xla"
     named = partial(slot_kernels.choose, "pallas", dtype="float32", size=64)
     assert named(platform="tpu") == "pallas"
-    with pytest.raises(ValueError, match="sampling_attention is 'pallas', which runs on tpu, and this is cpu: choose 'xla', or ''"):
+    with pytest.raises(ValueError, match="is 'pallas', which runs on gpu and tpu, and this is cpu: choose 'xla', or ''"):
         named(platform="cpu")
     with pytest.raises(ValueError, match="it takes keys of a multiple of 8 numbers and these have 20: choose 'xla'"):
         named(platform="tpu", size=20)
@@ -298,6 +300,6 @@ def test_the_kernel_is_chosen_where_it_can_run() -> None:
 def test_a_run_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     config = configs.load(str(SHORT), ["--config.model.numerics.sampling_attention=pallas"])
     e = experiments.build(config, tmp_path, devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match="which runs on tpu, and this is cpu"):
+    with pytest.raises(ValueError, match="which runs on gpu and tpu, and this is cpu"):
         experiments.check_attention(e)
     assert experiments.exact_model(e).numerics.sampling_attention == ""  # what was trained on a TPU is evaluated anywhere
