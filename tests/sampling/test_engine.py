@@ -185,6 +185,7 @@ def test_log_probabilities_are_the_trainers_under_every_law(name: str) -> None:
     np.testing.assert_allclose(out.logp[chosen], trained(policy(), prompts, out, LAWS[name])[chosen], rtol=0, atol=1e-5)
 
 
+CLASSES = ("qwen2_window", "gemma2", "qwen3_moe", "deepseek_v3")
 FAST = {("qwen2_window", 136), ("gemma2", 16), ("qwen3_moe", 16), ("deepseek_v3", 136)}
 
 
@@ -192,19 +193,33 @@ FAST = {("qwen2_window", 136), ("gemma2", 16), ("qwen3_moe", 16), ("deepseek_v3"
     ("name", "tokens"),
     [
         pytest.param(name, tokens, marks=[] if (name, tokens) in FAST else [pytest.mark.slow])
-        for name in ("qwen2_window", "gemma2", "gemma3_text", "phi3", "qwen3_moe", "deepseek_v3", "llama_yarn")
+        for name in (*CLASSES, "phi3", "gemma3_text", "llama_yarn", "llama3", "mistral", "qwen3", "olmo2")
         for tokens in (16, 136)
     ],
 )
-def test_log_probabilities_are_the_trainers_in_every_class_of_family(name: str, tokens: int) -> None:
+def test_log_probabilities_are_the_trainers_in_every_family(name: str, tokens: int) -> None:
+    # 1e-5, and a few of float32's last digits of numbers around 6
+    np.testing.assert_allclose(*both_sides(name, tokens, Numerics()), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSES if name != "gemma2")])
+def test_log_probabilities_in_bfloat16_are_within_a_bound(name: str) -> None:
+    """Products of bfloat16 operands in another order: hundredths of a nat, more where a router may choose other experts."""
+    sampled, scored = both_sides(name, 16, Numerics("bfloat16", "bfloat16"))
+    gap = np.abs(sampled - scored)
+    assert gap.mean() < 0.02 and 1e-4 < gap.max() < (0.5 if name == "deepseek_v3" else 0.1)
+
+
+def both_sides(name: str, tokens: int, numerics: Numerics) -> tuple[np.ndarray, np.ndarray]:
+    """The sampler's log-probabilities and the trainer's."""
     folder = FOLDERS / name
     mesh = sharding.make_mesh(sharding.MeshConfig(), devices=jax.devices()[:1])
     read = huggingface.read_architecture(folder)
-    model = decoder.make_decoder(read, Numerics(), mesh)
-    made = Policy(model, huggingface.load_params(model.specs, folder, dtype="float32", mesh=mesh))
+    model = decoder.make_decoder(read, numerics, mesh)
+    made = Policy(model, huggingface.load_params(model.specs, folder, dtype=numerics.param_dtype, mesh=mesh))
     prompts = prompts_of(5, 21, vocab=read.vocab_size)
     out = draw(made, prompts, group=2, tokens=tokens, slots=2, eos=())
-    np.testing.assert_allclose(out.logp, trained(made, prompts, out, Law()), rtol=0, atol=2e-5)
+    return out.logp, trained(made, prompts, out, Law())
 
 
 def test_greedy_is_the_argmax_of_teacher_forcing() -> None:
