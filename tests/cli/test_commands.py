@@ -260,6 +260,7 @@ def test_sample_one_problem(jaxreason, several, finished):
     assert other.count("format") == 3 and other != unscored
 
 
+@pytest.mark.slow
 def test_sample_problems_that_are_typed(jaxreason, finished):
     lines = [PROBLEM, "Bob has 3 apples. Gets 2. How many?", f"{PROBLEM} {PROBLEM}", PROBLEM, "", "never read"]
     done = jaxreason("sample", finished, "--greedy", stdin="\n".join(lines) + "\n")
