@@ -313,14 +313,20 @@ def start(environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
+PARKED = ("--config.sampling.parking.step_tokens=8", "--config.sampling.parking.cache=kept")
+
+
 @pytest.fixture(scope="module")
 def undisturbed_process(start: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """The finished run, and the seconds of such a run between its first and its last line, once its programs are compiled."""
-    workdir = tmp_path_factory.mktemp("undisturbed_process")
-    with start(workdir / "compiling", "--config.online.steps=1") as process:
+    return undisturbed_run(start, tmp_path_factory.mktemp("undisturbed_process"))
+
+
+def undisturbed_run(start: Any, workdir: Path, *options: str) -> tuple[Path, float]:
+    with start(workdir / "compiling", *options, "--config.online.steps=1") as process:
         said = process.stdout.read()
     assert process.returncode == 0, said
-    with start(workdir / "run") as process:
+    with start(workdir / "run", *options and (*LONGER, *options)) as process:
         process.stdout.readline()
         begun = time.monotonic()
         said = process.stdout.read()
@@ -331,12 +337,25 @@ def undisturbed_process(start: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(5, 1, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments(start: Any, undisturbed_process: Any, tmp_path: Path, kills: int, seed: int) -> None:
-    expected, seconds = undisturbed_process
+    killed_and_compared(start, *undisturbed_process, tmp_path, kills=kills, seed=seed)
+
+
+@pytest.mark.slow
+def test_kill_9_while_completions_are_parked(start: Any, tmp_path: Path) -> None:
+    expected, seconds = undisturbed_run(start, tmp_path / "undisturbed", *PARKED)
+    lines = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("rollout/parked", 0) for line in lines) > 0
+    killed_and_compared(start, expected, seconds, tmp_path, *LONGER, *PARKED, kills=4, seed=2)
+
+
+def killed_and_compared(
+    start: Any, expected: Path, seconds: float, tmp_path: Path, *options: str, kills: int, seed: int
+) -> None:
     moments = np.random.default_rng(seed)
     story, killed, finished, ended = f"seed {seed}:", 0, 0, False
     while killed < kills or not ended:  # a run that came to its end too early is compared, and another one begun
         workdir = tmp_path / f"run-{finished}"
-        with start(workdir) as process:
+        with start(workdir, *options) as process:
             said, moment = process.stdout.readline(), moments.uniform(0, 0.6 * seconds)
             if killed < kills:
                 time.sleep(moment)

@@ -43,19 +43,21 @@ class Law:
 
 def check(law: Law, *, vocab_size: int, eos_ids: Collection[int] = (), key: str = "config.sampling") -> None:
     """Raises ValueError for the first setting that is out of range or contradicts another, named `key.<setting>`."""
+    # a config has no such setting: training needs completions that differ
+    instead = "" if key.startswith("config.") else "; for the likeliest token set greedy"
 
     def refuse(setting: str, given: Any, expected: str) -> None:
         raise ValueError(f"{key}.{setting} is {given!r}: expected {expected}")
 
     top_p, min_p, penalty = law.top_p, law.min_p, law.repetition_penalty
     if not (_number(law.temperature) and law.temperature >= LEAST_TEMPERATURE):
-        refuse("temperature", law.temperature, f"a number of at least {LEAST_TEMPERATURE}; for the likeliest token set greedy")
+        refuse("temperature", law.temperature, f"a number of at least {LEAST_TEMPERATURE}{instead}")
     if not (_whole(law.top_k) and law.top_k >= 0):
         refuse("top_k", law.top_k, "a whole number, 0 for no limit")
     if not (_number(top_p) and 0 < top_p <= 1):
         refuse("top_p", top_p, "a number above 0 and up to 1, and 1 for no limit")
     if not (_number(min_p) and 0 <= min_p < 1):
-        refuse("min_p", min_p, "a number from 0, which is no limit, to below 1; for the likeliest token set greedy")
+        refuse("min_p", min_p, f"a number from 0, which is no limit, to below 1{instead}")
     if not (_number(penalty) and penalty > 0):
         refuse("repetition_penalty", penalty, "a finite number above 0, and 1 for no penalty")
     for setting, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):

@@ -65,6 +65,7 @@ class Sampled(NamedTuple):
     stopped: Bool[Array, "P G"]  # ended by a stop string
     length: Int[Array, "P G"]  # tokens, forced ones included
     parked: Any = None  # with partial rollouts, the seats after the step: parking.Parked
+    drafts: Any = None  # [P, G, 2], where there are drafts: tokens drafted and accepted
 
 
 def completion_keys(key: jax.Array, problem: Integer[Array, " P"], *, group: int) -> jax.Array:
@@ -134,4 +135,5 @@ def sample(
         (record.status == engine.LENGTH).reshape(shape),
         (record.status == engine.STOP_STRING).reshape(shape),
         record.length.reshape(shape),
+        drafts=None if record.drafts is None else record.drafts.reshape(*shape, 2),
     )

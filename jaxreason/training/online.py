@@ -180,10 +180,15 @@ def mean_over(done: jax.Array | None, x: jax.Array, dtype: Any = None) -> jax.Ar
 def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array, done: jax.Array | None = None) -> Metrics:
     """Means over the batch: reward and its parts, dead groups, length in tokens, truncated share, tokens sampled.
 
-    Of a batch with groups that are not `done` [P], means over those that are; 0 without any.
+    Of a batch with groups that are not `done` [P], means over those that are; 0 without any. With drafts the share of them that
+    was accepted.
     """
     mean = partial(mean_over, done)
     length = jnp.sum(sampled.mask, axis=-1, dtype=jnp.int32)
+    drafts = {}
+    if sampled.drafts is not None:
+        tried, accepted = jnp.sum(sampled.drafts.astype(jnp.float32), axis=(0, 1))
+        drafts = {"rollout/drafts_accepted": accepted / jnp.maximum(tried, 1)}
     return {
         "reward/total": mean(reward),
         **{f"reward/{name}": mean(values) for name, values in parts.items()},
@@ -191,6 +196,7 @@ def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array, done: jax
         "rollout/length": mean(length, jnp.float32),
         "rollout/truncated": mean(sampled.truncated, jnp.float32),
         "rollout/tokens": jnp.sum(length).astype(jnp.float32),
+        **drafts,
     }
 
 

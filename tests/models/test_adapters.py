@@ -202,6 +202,19 @@ def sampled(model: Model, params: Any, batch: PromptBatch, key: Any) -> Sampled:
     return sample(model, params, batch, key, group=G, max_completion_tokens=T, eos_ids=(STOP,), pad_id=STOP)
 
 
+@pytest.mark.parametrize("kind", ("nnx", "linen"))
+def test_drafts_change_nothing(kind: str) -> None:
+    """The same completions, where the tokens of a draft that was not accepted are written over."""
+    model, params, _ = case(kind)
+    fixed: Any = {"group": G, "max_completion_tokens": T, "eos_ids": (STOP,), "pad_id": STOP}
+    plain, out = (
+        jit(partial(sample, model, **fixed, draft=draft))(params, prompts(), jax.random.key(5)) for draft in (0, 2)
+    )
+    np.testing.assert_array_equal(out.completion, plain.completion)
+    np.testing.assert_allclose(out.logp, plain.logp, rtol=0, atol=1e-5)
+    assert np.asarray(out.drafts)[..., 0].sum() > 0
+
+
 def rolled_out(batch: PromptBatch, out: Sampled) -> RolloutBatch:
     """The reward is the share of even tokens."""
     reward = jnp.mean((out.completion % 2 == 0) & out.mask, axis=-1, dtype=jnp.float32)

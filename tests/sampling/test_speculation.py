@@ -15,7 +15,7 @@ import pytest
 
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch
-from jaxreason.models import decoder, huggingface, spec
+from jaxreason.models import decoder, huggingface, lora, spec
 from jaxreason.models.config import Architecture, Numerics
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import load_tokenizer
@@ -261,6 +261,19 @@ def test_completions_do_not_depend_on_slots_or_drafts() -> None:
         np.testing.assert_array_equal(other.mask, made[0].mask)
         np.testing.assert_array_equal(other.truncated, made[0].truncated)
         np.testing.assert_allclose(other.logp, made[0].logp, rtol=0, atol=1e-5)
+
+
+def test_drafts_with_low_rank_adapters_make_the_same_completions() -> None:
+    model, prompts = model_of(), prompts_of(5, 19, 1, 12)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), devices=jax.devices()[:1])
+    adapters = spec.init(lora.declare_lora(model.specs, lora.LoraConfig(rank=2)), jax.random.key(3), dtype="float32", mesh=mesh)
+    drawn = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)  # B begins at 0
+    params = lora.adapt(weights(), drawn)
+    plain, out = (sampler(model, draft, 0)(params, prompts, jax.random.key(7)) for draft in (0, 4))
+    bare = sampler(model, 0, 0)(weights(), prompts, jax.random.key(7))
+    np.testing.assert_array_equal(out.completion, plain.completion)
+    np.testing.assert_allclose(out.logp, plain.logp, rtol=0, atol=1e-5)
+    assert np.any(np.asarray(plain.completion) != np.asarray(bare.completion)) and np.asarray(out.drafts)[..., 1].sum() > 20
 
 
 def test_refilled_slots_on_a_mesh_with_drafts_make_the_same_completions() -> None:

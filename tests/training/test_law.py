@@ -189,6 +189,19 @@ def test_t17_on_a_mesh_and_with_fewer_slots(sizes: dict[str, int]) -> None:
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=2e-3, err_msg=name)
 
 
+def test_a_step_with_drafts_is_the_step_without() -> None:
+    """And says how many of the drafted tokens were what was drawn."""
+    mesh, model, params = policy()
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    stop = stop_strings(SAMPLING.stop, VOCABULARY)
+    metrics, shown = stepped(replace(SAMPLING, draft=2), mesh=mesh, model=model, params=params, reference=other, stop=stop)
+    wanted, rows = on_one_device()
+    np.testing.assert_array_equal(shown.completion, rows.completion)
+    assert "rollout/drafts_accepted" not in wanted and 0 < metrics["rollout/drafts_accepted"] < 1
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
+
+
 def test_t17_with_adapters() -> None:
     mesh, model, params = policy()
     config = lora.LoraConfig(rank=2)

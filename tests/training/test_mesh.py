@@ -152,9 +152,9 @@ class Made(NamedTuple):
     reference: Any
 
 
-def make(shape: Shape, dtype: str) -> Made:
+def make(shape: Shape, dtype: str, architecture: Architecture = ARCHITECTURE) -> Made:
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape), devices=jax.devices()[: int(np.prod(shape))])
-    model = decoder.make_decoder(ARCHITECTURE, Numerics(dtype, dtype), mesh)
+    model = decoder.make_decoder(architecture, Numerics(dtype, dtype), mesh)
     rng = np.random.default_rng(2)
 
     def draw(each: spec.ParamSpec) -> jax.Array:

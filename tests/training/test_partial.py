@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from functools import cache
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
 from jaxreason.training.step import Split, make_update, score, slices
 from jaxreason.types import Problem
 
-from .test_mesh import ARCHITECTURE, ONE, TP, Made, Shape, assert_close, even_share, make, parts, rollouts
+from .test_mesh import ARCHITECTURE, ONE, QUICK, SPARSE, TP, Made, Shape, assert_close, even_share, make, parts, rollouts
 
 V, P, G, T, STOPS = ARCHITECTURE.vocab_size, 8, 4, 10, (0, 1, 2, 3, 4, 5)
 CACHES = ("recomputed", "kept")
@@ -339,6 +340,36 @@ def test_a_completion_counts_the_same_however_few_groups_end(name: str) -> None:
         assert float(metrics[key]) * scale == pytest.approx(float(value), rel=1e-3, abs=1e-5), key
     again, _ = moved(among(2), per_update=P, per_micro=2)
     jax.tree.map(np.testing.assert_array_equal, again, given)
+
+
+@pytest.mark.slow
+def test_with_experts_nothing_of_a_group_that_did_not_end_counts() -> None:
+    """Neither do its prompts in the load-balance loss: whatever they are, the update is the same, and theirs matters else."""
+    made = make(ONE, "float32", SPARSE)
+    model, optimizer = made.model._replace(balance_weight=0.5), optax.sgd(1.0)
+    done = np.arange(P) % 2 == 1
+    batch = rollouts(made.mesh, "float32")
+    empty = dataclasses.replace(batch, mask=batch.mask & done[:, None, None], reward=jnp.where(done[:, None], batch.reward, 0.0))
+    parked = parking.vacant(laid_out(made, "recomputed", T))
+    status = jnp.where(jnp.repeat(jnp.asarray(done), G), engine.EOS, engine.LIVE).astype(parked.record.status.dtype)
+    parked = dataclasses.replace(parked, record=dataclasses.replace(parked.record, status=status))
+    update = make_update(model, objectives.grpo(beta=0.0), optimizer, temperature=0.9, split=Split(P, P))
+
+    @partial_of(jax.jit, static_argnames="balanced", compiler_options=QUICK)
+    def moved(batch: Any, balanced: bool) -> Any:
+        state = states.create(model, optimizer, made.mesh, made.params)
+        batch = partial.to_learn_from(batch, parked, jnp.int32(0), balanced=balanced)
+        return update(state, None, batch)[0].params
+
+    other = dataclasses.replace(empty, prompt=jnp.where(jnp.asarray(done)[:, None], empty.prompt, (empty.prompt + 7) % V))
+
+    def apart(balanced: bool) -> float:
+        return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(leaves, [balanced] * 2, [empty, other]), strict=True))
+
+    def leaves(balanced: bool, batch: Any) -> list[Any]:
+        return jax.tree.leaves(moved(batch, balanced))
+
+    assert apart(True) < 1e-6 < 1e-3 < apart(False)  # were the prompts counted, they would tell
 
 
 def test_a_step_in_which_no_group_ends_moves_nothing() -> None:
