@@ -348,9 +348,7 @@ def test_kill_9_while_completions_are_parked(start: Any, tmp_path: Path) -> None
     killed_and_compared(start, expected, seconds, tmp_path, *LONGER, *PARKED, kills=4, seed=2)
 
 
-def killed_and_compared(
-    start: Any, expected: Path, seconds: float, tmp_path: Path, *options: str, kills: int, seed: int
-) -> None:
+def killed_and_compared(start: Any, expected: Path, seconds: float, tmp_path: Path, *options: str, kills: int, seed: int) -> None:
     moments = np.random.default_rng(seed)
     story, killed, finished, ended = f"seed {seed}:", 0, 0, False
     while killed < kills or not ended:  # a run that came to its end too early is compared, and another one begun

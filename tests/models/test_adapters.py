@@ -207,9 +207,7 @@ def test_drafts_change_nothing(kind: str) -> None:
     """The same completions, where the tokens of a draft that was not accepted are written over."""
     model, params, _ = case(kind)
     fixed: Any = {"group": G, "max_completion_tokens": T, "eos_ids": (STOP,), "pad_id": STOP}
-    plain, out = (
-        jit(partial(sample, model, **fixed, draft=draft))(params, prompts(), jax.random.key(5)) for draft in (0, 2)
-    )
+    plain, out = (jit(partial(sample, model, **fixed, draft=draft))(params, prompts(), jax.random.key(5)) for draft in (0, 2))
     np.testing.assert_array_equal(out.completion, plain.completion)
     np.testing.assert_allclose(out.logp, plain.logp, rtol=0, atol=1e-5)
     assert np.asarray(out.drafts)[..., 0].sum() > 0
