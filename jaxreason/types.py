@@ -64,6 +64,25 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Two continuations of one dialogue, of which people preferred the first."""
+
+    messages: Sequence[Mapping[str, str]]  # the dialogue up to the turn that is judged: {"role": ..., "content": ...}
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class StepLabels:
+    """A chain of reasoning with judgements: 1 right, 0 wrong, a share between them, None where nobody judged."""
+
+    problem: Problem
+    steps: Sequence[str]
+    labels: Sequence[float | None]  # one of each step
+    outcome: float | None = None  # of the chain as a whole; of a prefix, the share of right answers reached from its end
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One row: a completion with its reward and the advantage it was given."""
 

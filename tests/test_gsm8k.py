@@ -46,13 +46,25 @@ def data(shared) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, model, data, one_device) -> tuple[Path, str]:
+def marred(tmp_path_factory, data) -> Path:
+    """The data set with two rows that are none."""
+    folder = tmp_path_factory.mktemp("marred")
+    for split in ("train", "test"):
+        content = gzip.decompress((data / f"{split}.jsonl.gz").read_bytes())
+        bad = b'{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 1?"}\n' if split == "train" else b""
+        (folder / f"{split}.jsonl").write_bytes(content + bad)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model, marred, one_device) -> tuple[Path, str]:
     """A run's folder, and what was printed."""
     folder = tmp_path_factory.mktemp("gsm8k") / "run"
     settings = {
         "model.path": model,
         "model.numerics.matmul_dtype": "float32",  # a CPU's own
-        "task.kwargs.data_dir": data,
+        "task.kwargs.data_dir": marred,
+        "task.kwargs.bad_rows": "skip",
         "sampling.max_prompt_tokens": MAX_PROMPT_TOKENS,
         "sampling.max_completion_tokens": 12,
         "online.steps": STEPS,
@@ -106,6 +118,17 @@ def test_prompts_that_are_too_long_are_counted(trained, model, data):
     assert f"{heldout} held-out problems are left out" in printed
 
 
+def test_bad_rows_are_told_and_kept_in_the_runs_folder(trained, marred, data):
+    folder, printed = trained
+    with gzip.open(data / "train.jsonl.gz") as file:
+        rows = sum(1 for _ in file)
+    told = json.loads((folder / "skipped_rows.json").read_text(encoding="utf-8"))
+    assert told["counts"] == {"unparsable answer": 1, "missing column": 1}
+    assert [sentence.split(": ")[0] for sentence in told["first"]] == [f"{marred}/train.jsonl:{rows + n}" for n in (1, 2)]
+    assert "2 bad rows of task 'gsm8k' are left out: 1 unparsable answer, 1 missing column" in " ".join(printed.split())
+    assert f"train.jsonl:{rows + 1}:" in "".join(printed.split())
+
+
 def test_prompts_are_what_transformers_renders(model, data):
     task, tokenizer = gsm8k(data_dir=str(data), heldout_size=20), load_tokenizer(model)
     conversations = [task.messages(problem) for problem in task.heldout]
@@ -131,14 +154,15 @@ def test_the_data_set_is_read_whole(data):
 def test_a_file_that_is_not_gsm8k_is_named(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "2?"}\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*train.jsonl"):
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: there is no column 'answer'"):
         gsm8k(data_dir=str(tmp_path))
-    (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2?", "answer": "#### 2"}\n')
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "it is\\n#### 1,002"}\n')
-    task = gsm8k(data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: column 'answer' has no '####'"):
+        gsm8k(data_dir=str(tmp_path))
+    task = gsm8k(data_dir=str(tmp_path), bad_rows="skip")
     assert task.heldout[0].answer == "1002" and task.heldout[0].metadata["solution"] == "it is"
-    with pytest.raises(ValueError, match="row 0 of gsm8k's train split has no '####'"):
-        task.train(0)
+    assert [task.train(0).id, task.train_size] == ["train/1", 1]
 
 
 def test_the_policy_folder_is_a_model(trained, model):

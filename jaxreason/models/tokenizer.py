@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxreason.tasks.conversation import TEXT, without_thinking
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+PARAGRAPHS = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"  # where a tokenizer has no chat template
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,17 @@ class Tokenizer:
     pad_id: int
 
     def encode_prompts(self, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
-        """Token ids of each conversation under the chat template, ready for the assistant's turn."""
-        texts = [self.hf.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations]
+        """Token ids of each conversation under the chat template, ready for the assistant's turn.
+
+        The assistant's earlier turns are put without their thinking. One message of the role `text` is the prompt as it stands.
+        """
+        texts = [self._prompt(each) for each in conversations]
         return self.hf(texts, add_special_tokens=False)["input_ids"]
+
+    def _prompt(self, conversation: list[dict[str, str]]) -> str:
+        if [message["role"] for message in conversation] == [TEXT]:
+            return _opening(self.hf) + conversation[0]["content"]
+        return self.hf.apply_chat_template(without_thinking(conversation), add_generation_prompt=True, tokenize=False)
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of completions, each with its stop token."""
@@ -96,10 +107,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not eos:
         raise ValueError(f"{folder} names no end-of-sequence token: set eos_token in its tokenizer_config.json")
     if hf.chat_template is None:
-        raise ValueError(f"{folder} has no chat template: add chat_template.jinja, which says how a conversation becomes a prompt")
+        hf.chat_template = ("{{ bos_token }}" if _opening(hf) else "") + PARAGRAPHS
     # nothing is derived from the padding id, so the stop token may serve where a tokenizer names no other
     pad = hf.pad_token_id if hf.pad_token_id is not None else eos[0]
     return Tokenizer(hf=hf, eos_ids=tuple(eos), pad_id=pad)
+
+
+def _opening(hf: Any) -> str:
+    """What the tokenizer itself begins every text with: its begin-of-sequence token, or nothing."""
+    return hf.bos_token if hf.bos_token is not None and hf("")["input_ids"][:1] == [hf.bos_token_id] else ""
 
 
 def save_word_tokenizer(words: Sequence[str], folder: Path) -> None:

@@ -220,6 +220,10 @@ def training_stream(experiment: Experiment) -> tuple[Stream, int]:
     e = experiment
     if e.task.train_size is None:
         return problem_stream(e.task.train, numbers=None, seed=e.config.seed), 0
+    if not e.task.train_size:
+        raise ValueError(
+            f"task '{e.task.name}' has no problems to train on: name their split or file, where it has one, or another task"
+        )
     problems = [e.task.train(number) for number in range(e.task.train_size)]
     kept, overlong = _kept(problems, "training", e.task, e.tokenizer, e.config.sampling)
     return problem_stream(e.task.train, numbers=kept, seed=e.config.seed), overlong
@@ -238,3 +242,12 @@ def describe(e: Experiment) -> str:
         f"{rollouts} rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "
         f"{'one program a step' if not e.scoring.host else 'rewards on the host'}"
     )
+
+
+def told_of_skipped(task: Task) -> list[str]:
+    """What a person is told of the task's rows that were left out: how many, for what, and the first few."""
+    counts = task.skipped.counts
+    if not counts:
+        return []
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return [f"{sum(counts.values())} bad rows of task '{task.name}' are left out: {reasons}", *task.skipped.first]

@@ -4,6 +4,7 @@ config.json      the resolved config        metrics.jsonl    a line a logged ste
 checkpoints/     both stages' states        rollouts.jsonl   a line a shown completion
 tokenizer/       where the task made one    examples.json    held-out completions before and after
 policy/          the Hugging Face folder    summary.json     before, after, seconds; written last
+                                            skipped_rows.json   where rows of the data set were left out
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def begin(config: Config, workdir: Path) -> None:
     """Empties a folder whose run failed before it saved anything, where the config has been corrected since. Process 0 calls it."""
     known = read_json(workdir / "config.json")
     if known and _changed(config, known):
-        for name in ("config.json", "metrics.jsonl", "rollouts.jsonl", "examples.json"):
+        for name in ("config.json", "metrics.jsonl", "rollouts.jsonl", "examples.json", "skipped_rows.json"):
             (workdir / name).unlink(missing_ok=True)
         shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
 

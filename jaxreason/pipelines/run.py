@@ -25,6 +25,7 @@ from jaxreason.pipelines.experiment import (
     evaluator,
     initial_adapters,
     initial_params,
+    told_of_skipped,
     training_stream,
 )
 from jaxreason.pipelines.folder import Result, begin, open_folder, read_json
@@ -73,6 +74,10 @@ def train(
     stream, overlong = training_stream(e)
     progress.message(describe(e))
     fate = "cut at their beginning" if config.sampling.overlong == "cut" else "left out"
+    if e.task.skipped.counts:
+        log.write_json("skipped_rows.json", {"counts": dict(e.task.skipped.counts), "first": list(e.task.skipped.first)})
+    for sentence in told_of_skipped(e.task):
+        progress.message(sentence)
     for kind, count in (("training", overlong), ("held-out", e.overlong)):
         if count:
             limit = config.sampling.max_prompt_tokens

@@ -1,4 +1,4 @@
-"""What every task offers: training problems, held-out problems, a prompt, and perhaps demonstrations to imitate.
+"""What every task offers: training problems, held-out problems, a prompt, and perhaps what people wrote about them.
 
 Problems are addressed by number, so a run's data position is one integer and any batch can be made again.
 """
@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxreason.types import Demonstration, Problem
+from jaxreason.types import Demonstration, Preference, Problem, StepLabels
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Rows of a data set that were left out because they are bad: how many of each kind, and the first few."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)  # reason -> rows
+    first: tuple[str, ...] = ()  # 'file:line: what is wrong with it'
 
 
 @dataclass(frozen=True)
@@ -24,3 +32,7 @@ class Task:
     messages: Callable[[Problem], list[Message]]  # the conversation that the chat template turns into a prompt
     demonstrations: Mapping[str, Callable[[int], Demonstration]] = field(default_factory=dict)  # kind -> number -> one
     words: tuple[str, ...] = ()  # a closed vocabulary, where no checkpoint brings a tokenizer
+    rule: str = ""  # the host rule that scores its answers
+    preferences: Mapping[str, Sequence[Preference]] = field(default_factory=dict)  # 'train' and 'heldout' -> pairs
+    step_labels: Mapping[str, Sequence[StepLabels]] = field(default_factory=dict)  # 'train' and 'heldout' -> chains
+    skipped: Skipped = field(default_factory=Skipped)

@@ -192,10 +192,50 @@ def test_padding_may_be_the_stop_token(bpe: Path) -> None:
     assert tokenizer.decode([*ids(tokenizer, TEXTS[0]), 2, 2, 2]) == TEXTS[0]
 
 
-def test_a_folder_that_lacks_something_is_one_clear_error(bpe: Path) -> None:
+def test_without_a_chat_template_messages_are_paragraphs(bpe: Path) -> None:
     (bpe / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match=r"bpe has no chat template: add chat_template\.jinja"):
-        load_tokenizer(bpe)
+    tokenizer = load_tokenizer(bpe)
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, (TEXTS[0], "18", TEXTS[2]), strict=True)]
+    text = "".join(f"{turn['content']}\n\n" for turn in turns)
+    assert tokenizer.encode_prompts([turns]) == [ids(tokenizer, text)]
+    tokenizer.save(bpe / "saved")
+    (bpe / "generation_config.json").rename(bpe / "saved" / "generation_config.json")
+    assert load_tokenizer(bpe / "saved").encode_prompts([turns]) == [ids(tokenizer, text)]
+
+
+def test_a_text_is_the_prompt_as_it_stands_after_the_token_that_begins_texts(bpe: Path) -> None:
+    text = [{"role": "text", "content": TEXTS[0]}]
+    plain = load_tokenizer(bpe)
+    assert plain.encode_prompts([text]) == [ids(plain, TEXTS[0])]
+    content = json.loads((bpe / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    pair = [first, {"Sequence": {"id": "A", "type_id": 0}}]
+    number = plain.hf.convert_tokens_to_ids("<|im_start|>")
+    special = {"<|im_start|>": {"id": "<|im_start|>", "ids": [number], "tokens": ["<|im_start|>"]}}
+    content["post_processor"] = {"type": "TemplateProcessing", "single": pair, "pair": pair, "special_tokens": special}
+    (bpe / "tokenizer.json").write_text(json.dumps(content))
+    change(bpe / "tokenizer_config.json", bos_token="<|im_start|>")
+    assert load_tokenizer(bpe).encode_prompts([text]) == [[number, *ids(plain, TEXTS[0])]]
+    (bpe / "chat_template.jinja").unlink()
+    asked = [{"role": "user", "content": TEXTS[0]}]
+    assert load_tokenizer(bpe).encode_prompts([asked]) == [[number, *ids(plain, TEXTS[0] + "\n\n")]]
+
+
+def test_earlier_thinking_is_not_put_again(bpe: Path) -> None:
+    tokenizer = load_tokenizer(bpe)
+    turns = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "<think>one and one</think>\n\n2"},
+        {"role": "user", "content": "and 1 more?"},
+    ]
+    answered = [turns[0], {"role": "assistant", "content": "2"}, turns[2]]
+    expected = tokenizer.hf.apply_chat_template(answered, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert tokenizer.encode_prompts([turns]) == [expected["input_ids"]]
+    assert "one and one" not in tokenizer.decode(tokenizer.encode_prompts([turns])[0])
+
+
+def test_a_folder_that_lacks_something_is_one_clear_error(bpe: Path) -> None:
     change(bpe / "tokenizer_config.json", eos_token=None)
     (bpe / "generation_config.json").unlink()
     with pytest.raises(ValueError, match=r"bpe names no end-of-sequence token: set eos_token in its tokenizer_config\.json"):
