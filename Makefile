@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test-all
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ""
 
 lint: $(VENV)/.installed-test
@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-test
 # What the documentation takes from the code: the table of methods and the figures.
 docs: $(VENV)/.installed
 	$(BIN)/python -c "import pathlib, jaxreason.objectives as o; pathlib.Path('docs/algorithms.md').write_text(o.table())"
+	$(BIN)/python -c "import pathlib, jaxreason.rewards.table as t; p = pathlib.Path('docs/host_rules.md'); p.write_text(t.rewritten(p.read_text()))"
 	$(BIN)/python docs/figures/coefficients.py
 	$(BIN)/python docs/figures/engine.py
 
@@ -41,3 +42,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt
 	@launch/bootstrap.sh $(VENV) test
+
+$(VENV)/.installed-test-all: pyproject.toml constraints.txt
+	@launch/bootstrap.sh $(VENV) test-all

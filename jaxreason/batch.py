@@ -22,6 +22,11 @@ class PromptBatch:
     prompt_mask: Leaf  # [P, Tp] bool, True on prompt tokens
     problem: Leaf  # [P] uint32, place in the stream of problems; folded into the sampling key
     answer: Leaf  # [P] int32, the reference as an integer for traced rules (-2^31 where it is none)
+    # more of the reference, for the traced rules that need it
+    digits: Leaf | None = None  # [P, 32] int8, its digits by place from 10^19 to 10^-12, signed (127 where it has others)
+    numbers: Leaf | None = None  # [P, 8] int32, those given in a Countdown game, then -1
+    target: Leaf | None = None  # [P] int32, what is to be made of them
+    use_all: Leaf | None = None  # [P] bool, whether of all of them
 
 
 @flax.struct.dataclass

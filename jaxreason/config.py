@@ -1,4 +1,4 @@
-"""The schema of an experiment: the components' own dataclasses gathered, loaded from a file, overridden, checked.
+"""The schema of an experiment: the components' own dataclasses gathered, loaded from a file, overridden, typed.
 
 An experiment file's `get_config(arg=None)` returns a locked `ml_collections.ConfigDict` made by `default()`; `load` applies
 overrides and returns the typed, frozen `Config`. Defaults stand in the dataclasses and nowhere else.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import importlib.util
-import inspect
 import math
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxreason
-from jaxreason.models.config import Architecture, Numerics, Sizes
+from jaxreason.models.config import Numerics, Sizes
 from jaxreason.models.lora import LoraConfig
-from jaxreason.naming import KINDS, call, find, nearest, returning
+from jaxreason.naming import KINDS, call, find, literal, nearest, wholly_named
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.sharding import MeshConfig
-from jaxreason.training.collect import RulePart
+from jaxreason.training.collect import RulePart, ScoringConfig
 from jaxreason.training.evaluate import EvaluationConfig
 from jaxreason.training.online import OnlineConfig
-from jaxreason.training.optimizer import check as check_optimizer
 from jaxreason.training.supervised import PhaseConfig, Saving, SupervisedConfig
 
 
@@ -64,6 +61,7 @@ class Config:
     task: Named = field(default_factory=lambda: Named("word_problems"))
     algorithm: Named = field(default_factory=lambda: Named("grpo"))
     reward: Mapping[str, RulePart] = field(default_factory=dict)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
@@ -107,8 +105,9 @@ def _shrink(config: Any) -> ConfigDict:
     online.problems_per_step = online.problems_per_update = online.problems_per_microbatch = 8
     online.completions_per_problem = min(online.completions_per_problem, 4)
     config.evaluation.problems_per_batch = 8
-    if "heldout_size" in config.task.kwargs:
-        config.task.kwargs.heldout_size = 8
+    for kwargs in (config.task.kwargs, *config.task.kwargs.get("tasks", {}).values()):  # a mixture's own tasks too
+        if "heldout_size" in kwargs:
+            kwargs.heldout_size = 8
     config.checkpoint.every_steps = 1
     return config
 
@@ -151,6 +150,14 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(config, override)
     return from_config_dict(config)
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """A typed config with `--config.key=value` overrides."""
+    loose = _to_config_dict(config).lock()
+    for override in overrides:
+        _override(loose, override)
+    return from_config_dict(loose)
 
 
 def _execute(file: Path, arg: str | None) -> ConfigDict:
@@ -209,17 +216,17 @@ def _override(config: ConfigDict, text: str) -> None:
         node = node[name]
     if parents and parents[-1] == "kwargs" and leaf not in node:
         with node.unlocked():  # what a function takes is checked against its signature
-            node[leaf] = _literal(value)
+            node[leaf] = literal(value)
         return
     _known(node, leaf, path=".".join(parents))
     old = node[leaf]
-    if leaf == "kwargs" and isinstance(_literal(value), dict):
+    if leaf == "kwargs" and isinstance(literal(value), dict):
         with node.unlocked():  # all of them anew: another function takes other arguments
-            node[leaf] = ConfigDict(_literal(value))
+            node[leaf] = ConfigDict(literal(value))
         return
     if isinstance(old, ConfigDict):
         raise ValueError(f"config.{key} is a group of keys: set one of {', '.join(f'config.{key}.{name}' for name in old)}")
-    new = value if isinstance(old, str) else _literal(value)
+    new = value if isinstance(old, str) else literal(value)
     if isinstance(old, bool) and isinstance(new, str) and new.lower() in ("true", "false"):
         new = new.lower() == "true"
     if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
@@ -231,13 +238,6 @@ def _override(config: ConfigDict, text: str) -> None:
     if type(new) is not type(old) and old is not None:
         raise ValueError(f"config.{key} is '{value}': expected {_article(type(old))}, for example {old!r}")
     node[leaf] = new
-
-
-def _literal(value: str) -> Any:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 def _known(node: Any, name: str, *, path: str) -> None:
@@ -294,139 +294,11 @@ def _typed_tuple(kinds: tuple[Any, ...], value: Any, *, path: str) -> tuple[Any,
     return tuple(_typed(kind, each, path=f"{path}[{i}]") for i, (kind, each) in enumerate(zip(of, value, strict=True)))
 
 
-# --------------------------------------------------------------------------------------------------------------- checking
-
-
 def make(module: Any, named: Named, *, key: str, returns: str, **offered: Any) -> Any:
     """Calls the function `named.name` of a module, one of those that return `returns`, with its keyword arguments.
 
     A function with other arguments is none of them: it makes one noun of another. What is `offered` is passed where the
     function takes it and the config does not say otherwise. A ValueError says what exists.
     """
-    there = returning(module, returns)
-    whole = {name: f for name, f in there.items() if all(p.kind is p.KEYWORD_ONLY for p in _parameters(f))}
-    function = find(named.name, whole, key=f"{key}.name")
+    function = find(named.name, wholly_named(module, returns), key=f"{key}.name")
     return call(function, kwargs=named.kwargs, key=f"{key}.kwargs", **offered)
-
-
-def _parameters(function: Callable[..., Any]) -> Iterable[inspect.Parameter]:
-    return inspect.signature(function).parameters.values()
-
-
-LEAST = {
-    "seed": 0,
-    "sampling.max_prompt_tokens": 1,
-    "sampling.max_completion_tokens": 2,
-    "sampling.parking.step_tokens": 0,
-    "sampling.draft": 0,
-    "supervised.demonstrations_per_step": 1,
-    "supervised.demonstrations_per_microbatch": 1,
-    "supervised.log_every_steps": 1,
-    "online.steps": 0,
-    "online.problems_per_step": 1,
-    "online.completions_per_problem": 1,
-    "online.problems_per_update": 1,
-    "online.problems_per_microbatch": 1,
-    "online.epochs": 1,
-    "online.logged_problems": 0,
-    "evaluation.every_steps": 0,
-    "evaluation.problems_per_batch": 1,
-    "checkpoint.every_steps": 0,
-    "checkpoint.keep": 1,
-    "model.balance_weight": 0,
-    "model.numerics.logits_chunk_tokens": 1,
-    "model.lora.rank": 0,
-}
-DIVIDES = (
-    ("online.problems_per_update", "online.problems_per_step"),
-    ("online.problems_per_microbatch", "online.problems_per_update"),
-    ("supervised.demonstrations_per_microbatch", "supervised.demonstrations_per_step"),
-)
-SHARDED = ("online.problems_per_microbatch", "supervised.demonstrations_per_microbatch", "evaluation.problems_per_batch")
-RESERVED = {"total", "zero_variance", "length", "truncated", "pass@1"}  # metrics that stand beside the reward's parts
-LARGEST_SEED = 2**32 - 1
-
-
-def check(config: Config, *, shards: int) -> None:
-    """Raises ValueError where a value is out of its range or sizes contradict each other, before anything is compiled.
-
-    `shards` is the number of devices over which problems are split.
-    """
-
-    def at(key: str) -> Any:
-        return functools.reduce(getattr, key.split("."), config)
-
-    least = LEAST | {f"supervised.phases.{name}.steps": 0 for name in config.supervised.phases}
-    for key, smallest in least.items():
-        value = config.supervised.phases[key.split(".")[2]].steps if ".phases." in key else at(key)
-        if value < smallest:
-            raise ValueError(f"config.{key} is {value}: expected {smallest} or more")
-    if config.seed > LARGEST_SEED:
-        raise ValueError(f"config.seed is {config.seed}: expected at most {LARGEST_SEED}")
-    if not config.sampling.temperature > 0:
-        raise ValueError(
-            f"config.sampling.temperature is {config.sampling.temperature}: expected more than 0; evaluation is greedy by itself"
-        )
-    _check_sampling(config.sampling, shards=shards)
-    for piece, whole in DIVIDES:
-        if at(whole) % at(piece):
-            raise ValueError(
-                f"config.{piece} is {at(piece)}, which does not divide config.{whole} = {at(whole)}: "
-                f"choose a divisor of {at(whole)}"
-            )
-    for key in SHARDED:
-        runs = key.startswith("evaluation") or at(key.split(".")[0]).steps > 0
-        if runs and at(key) % shards:
-            raise ValueError(
-                f"config.{key} is {at(key)}, which the {shards} devices along mesh axes data, fsdp and expert do not divide: "
-                f"choose a multiple of {shards}"
-            )
-    for stage in ("supervised", "online"):
-        check_optimizer(at(stage).optimizer, key=f"{stage}.optimizer")
-    if not config.reward:
-        raise ValueError("config.reward has no part: add a rule, config.reward.accuracy = schema.part('...'), in the config's file")
-    for name in RESERVED & set(config.reward):
-        raise ValueError(f"config.reward has a part named '{name}', which is a metric's own name: choose another")
-    accuracy = config.evaluation.accuracy
-    if accuracy not in config.reward:
-        raise ValueError(
-            f"config.evaluation.accuracy is '{accuracy}', which is no part of the reward: {nearest(accuracy, [*config.reward])}"
-        )
-
-
-def _check_sampling(sampling: SamplingConfig, *, shards: int) -> None:
-    """What is no part of the law, which `law.check` looks at when the vocabulary is known."""
-    slots = sampling.slots
-    if slots and (slots < shards or slots & (slots - 1) or slots % shards):
-        raise ValueError(
-            f"config.sampling.slots is {slots}: expected 0, for all at once, or a power of two that the {shards} devices along "
-            "mesh axes data, fsdp and expert divide"
-        )
-    if sampling.overlong not in ("leave_out", "cut", "refuse"):
-        raise ValueError(f"config.sampling.overlong is '{sampling.overlong}': expected 'leave_out', 'cut' or 'refuse'")
-    parking = sampling.parking
-    if parking.step_tokens > sampling.max_completion_tokens:
-        raise ValueError(
-            f"config.sampling.parking.step_tokens is {parking.step_tokens}, more than config.sampling.max_completion_tokens = "
-            f"{sampling.max_completion_tokens}, so that nothing would ever be parked: lower it, or set it to 0"
-        )
-    for name, given, why in (("slots", slots, "need a slot each"), ("draft", sampling.draft, "go on without drafts")):
-        if parking.step_tokens and given:
-            raise ValueError(
-                f"config.sampling.parking.step_tokens is {parking.step_tokens} and config.sampling.{name} is {given}: parked "
-                f"completions {why}: set one of the two to 0"
-            )
-    if parking.cache not in ("recomputed", "kept"):
-        raise ValueError(f"config.sampling.parking.cache is '{parking.cache}': expected 'recomputed' or 'kept'")
-    if "" in sampling.stop:
-        raise ValueError(f"config.sampling.stop is {sampling.stop!r}: expected texts of at least one character each")
-
-
-def check_context(config: Config, architecture: Architecture) -> None:
-    """Raises ValueError where prompt and completion do not fit the model's context."""
-    prompt, completion = config.sampling.max_prompt_tokens, config.sampling.max_completion_tokens
-    if prompt + completion > architecture.max_positions:
-        raise ValueError(
-            f"config.sampling.max_prompt_tokens = {prompt} and max_completion_tokens = {completion} make {prompt + completion} "
-            f"tokens, and the model's context holds {architecture.max_positions}: lower one of them"
-        )

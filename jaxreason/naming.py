@@ -1,11 +1,12 @@
 """Functions that a config names: found by name, called with its keyword arguments, and mistakes told in one sentence.
 
 A function can be named where it is annotated to return the noun that is wanted; there is no registry to enter it in. What a
-config may set of it are its keyword-only parameters.
+config may set of it are its keyword-only parameters. A `key` is where it is named: a config's key, or a command's '--option'.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import typing
@@ -31,8 +32,36 @@ def returning(module: ModuleType, noun: str) -> dict[str, Callable[..., Any]]:
 def find(name: str, functions: Mapping[str, Callable[..., Any]], *, key: str) -> Callable[..., Any]:
     """functions[name]; a ValueError says what `key` could be instead."""
     if name not in functions:
-        raise ValueError(f"config.{key} is '{name}', which does not exist: {nearest(name, list(functions))}")
+        raise ValueError(f"{_shown(key)} is '{name}', which does not exist: {nearest(name, list(functions))}")
     return functions[name]
+
+
+def wholly_named(module: ModuleType, noun: str) -> dict[str, Callable[..., Any]]:
+    """The functions of a module that return `noun` and take keyword arguments alone: all that a config has to give."""
+
+    def keywords(function: Callable[..., Any]) -> bool:
+        return all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(function).parameters.values())
+
+    return {name: f for name, f in returning(module, noun).items() if keywords(f)}
+
+
+def literal(value: str) -> Any:
+    """A value as it is written in an override: Python's own spelling, and any other text as itself."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def typed(function: Callable[..., Any], words: Mapping[str, str]) -> dict[str, Any]:
+    """Keyword arguments as a command line has them; what the function takes as text stays as it was written."""
+    hints = typing.get_type_hints(function)
+    return {name: value if hints.get(name) is str else literal(value) for name, value in words.items()}
+
+
+def _shown(key: str) -> str:
+    """A key of a config, or an option of a command, as it is written."""
+    return key if key.startswith("--") else f"config.{key}"
 
 
 def arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], *, key: str, **offered: Any) -> dict[str, Any]:
@@ -45,19 +74,18 @@ def arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], *, key: s
     given = {name: value for name, value in offered.items() if name in takes} | dict(kwargs)
     for name, value in kwargs.items():
         if name not in takes:
-            raise ValueError(
-                f"config.{key} has no key '{name}': {nearest(name, list(takes))} (if the config's file sets it, "
-                f"--config.{key}={{}} drops what it sets)"
-            )
+            anew = f" (if the config's file sets it, --config.{key}={{}} drops what it sets)" if key.endswith(".kwargs") else ""
+            raise ValueError(f"{_shown(key)} has no key '{name}': {nearest(name, list(takes))}{anew}")
         kinds = typing.get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
         kinds = tuple(kind for kind in kinds if not hasattr(kind, "array_type"))  # a jaxtyping array cannot stand in a config
         if float in kinds and type(value) is int:
             given[name] = float(value)
         elif set(kinds) <= KINDS.keys() and type(value) not in kinds:
-            raise ValueError(f"config.{key}.{name} is {value!r}: expected {' or '.join(KINDS[kind] for kind in kinds)}")
+            raise ValueError(f"{_shown(key)}.{name} is {value!r}: expected {' or '.join(KINDS[kind] for kind in kinds)}")
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in given:
-            raise ValueError(f"config.{key} has no '{name}', which {function.__name__} needs: set --config.{key}.{name}=...")
+            option = f"--{_shown(key).removeprefix('--')}"
+            raise ValueError(f"{_shown(key)} has no '{name}', which {function.__name__} needs: set {option}.{name}=...")
     return given
 
 
@@ -67,4 +95,6 @@ def call(function: Callable[..., Any], *args: Any, kwargs: Mapping[str, Any], ke
     try:
         return function(*args, **given)
     except ValueError as error:
-        raise ValueError(f"config.{key}: {error}") from error
+        if str(error).startswith(f"{_shown(key)}."):  # of a function that calls others by the names in its arguments
+            raise
+        raise ValueError(f"{_shown(key)}: {error}") from error

@@ -165,6 +165,15 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(get, tree)
 
 
+def of_first_process(tree: Any) -> Any:
+    """Process 0's host arrays on every process, which have arrays of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def barrier(name: str) -> None:
     """Waits until every process has come here."""
     if jax.process_count() > 1:

@@ -96,3 +96,12 @@ class RewardFn(Protocol):
     """A host rule: text in, reward out. It may be called in another process."""
 
     def __call__(self, problem: Problem, completion: Completion) -> Reward: ...
+
+
+class GroupRewardFn(Protocol):
+    """A host rule that needs a whole group: its completions, and what each got by the rules that look at one alone.
+
+    One reward for each completion, in their order; the parts of `rewards` have the names of the run's parts.
+    """
+
+    def __call__(self, problem: Problem, completions: Sequence[Completion], rewards: Sequence[Reward]) -> Sequence[Reward]: ...

@@ -8,6 +8,7 @@ import math
 import jax
 import pytest
 
+from jaxreason import checking
 from jaxreason import config as schema
 from jaxreason.cli.progress import QuietProgress
 from jaxreason.pipelines import folder as folders
@@ -46,6 +47,6 @@ def test_it_runs_two_tiny_steps(name, tmp_path, request):
 def test_the_real_sizes_fit_together(name):
     """The checks that need neither a model nor data, at the sizes that are shipped."""
     config = schema.load(name)
-    schema.check(config, shards=1)
+    checking.check(config, shards=1)
     assert config.online.steps * config.online.problems_per_step * config.online.completions_per_problem > 1000
     assert config.evaluation.accuracy in config.reward

@@ -184,7 +184,8 @@ def test_evaluate_sample_and_export(trained, one_device, tmp_path):
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     evaluated = jaxreason("evaluate", folder, one_device=one_device).stdout
     assert "stage 'reinforce', step 3" in evaluated and "left out: their prompts are too long" in evaluated
-    assert f"eval/gsm8k/length = {summary['after']['eval/gsm8k/length']:.4f}" in evaluated
+    results = json.loads((folder / "evaluations" / "gsm8k-reinforce-3-greedy" / "results.json").read_text(encoding="utf-8"))
+    assert results["greedy"]["all"]["all"]["length"]["value"] == summary["after"]["eval/gsm8k/length"]
     question = "Tom has 3 pens and buys 4. How many pens has he now?"
     sampled = jaxreason("sample", folder, "--n", "2", "--problem", question, "--answer", "7", one_device=one_device).stdout
     assert sampled.count("accuracy 0") + sampled.count("accuracy 1") == 2 and sampled.count("ended by") == 2

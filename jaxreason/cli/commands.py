@@ -1,18 +1,14 @@
-"""The commands. Each takes the parsed arguments and returns an exit code; only this package prints."""
+"""The commands that train, and read a run's folder. Each takes the parsed arguments and returns an exit code."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +19,22 @@ from jaxreason import config as schema
 from jaxreason import sharding
 from jaxreason.cli.main import DONE, INTERRUPTED
 from jaxreason.cli.progress import before_after_table, make_progress, side_by_side, visible
+from jaxreason.cli.signals import stop_on_signals
 from jaxreason.data.batching import prompt_batch, prompt_limits
 from jaxreason.models import huggingface, lora
 from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
-from jaxreason.training.collect import completions, placer, record, sample_and_score, score_on_host
+from jaxreason.training.collect import applying, completions, placer, record, sample_and_score, score_on_host
 from jaxreason.training.report import write_report
 from jaxreason.types import Problem, Reward
-
-SHOW_CURSOR = b"\x1b[?25h\n"  # the live display hides it
 
 
 def train(given: argparse.Namespace) -> int:
     config = schema.load(given.config, given.overrides)
     _join(given)
-    _choose_precision(config)
-    _cache_compilations()
+    choose_precision(config)
+    cache_compilations()
     console, main = Console(soft_wrap=not sys.stdout.isatty()), jax.process_index() == 0
     folders.open_folder(config, given.workdir)
     ended = folders.finished(given.workdir)
@@ -52,14 +47,14 @@ def train(given: argparse.Namespace) -> int:
         return DONE
     progress = make_progress(sys.stdout, quiet=given.quiet or not main)
     try:
-        with _stop_on_signals(progress.message) as stop:
+        with stop_on_signals(progress.message) as stop:
             result = runs.train(config, given.workdir, progress=progress, stop=stop)
             report = write_report(given.workdir) if result.finished and main else None
     finally:
         progress.close()
     if not result.finished:
         if main:
-            again = shlex.join([*_program(), *given.words])
+            again = shlex.join([*program_words(), *given.words])
             saved = any((given.workdir / "checkpoints").glob("*/*"))
             said = "Interrupted and saved" if saved else "Interrupted before there was anything to save"
             console.print(f"{said}. To go on: {again}", highlight=False, markup=False, soft_wrap=True)
@@ -75,7 +70,7 @@ def _show(console: Console, result: folders.Result) -> None:
     console.print(side_by_side(result.examples))
 
 
-def _program() -> list[str]:
+def program_words() -> list[str]:
     """How this program was started, as words for a shell."""
     started = Path(sys.argv[0])
     if started.name == "__main__.py":
@@ -94,12 +89,12 @@ def _join(given: argparse.Namespace) -> None:
         jax.distributed.initialize()
 
 
-def _choose_precision(config: schema.Config) -> None:
+def choose_precision(config: schema.Config) -> None:
     if config.model.numerics.param_dtype == "float64":
         jax.config.update("jax_enable_x64", True)
 
 
-def _cache_compilations() -> None:
+def cache_compilations() -> None:
     """Keeps compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -108,86 +103,16 @@ def _cache_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@contextmanager
-def _stop_on_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM let the step finish and be saved; a second one ends the process at once.
-
-    Python runs a handler only between two instructions of the main thread, which a compilation puts minutes away. So the
-    signals are read in a thread, from the pipe that Python's own C handler writes their numbers to.
-    """
-    asked = threading.Event()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-
-    def watch() -> None:
-        told = False
-        while byte := os.read(reading, 1):
-            if byte[0] not in (signal.SIGINT, signal.SIGTERM):
-                continue
-            if told:
-                _end_by(byte[0])
-            told = True
-            asked.set()
-            with suppress(OSError, ValueError):  # nobody is there to read it
-                say(f"{signal.Signals(byte[0]).name}: finishing this step and saving; once more to stop at once")
-
-    def stop() -> bool:
-        if jax.process_count() == 1:
-            return asked.is_set()
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        # all processes must leave after the same step, whichever was signalled
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(asked.is_set()))))
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()  # an event loop that saves a checkpoint lends itself the pipe: then only this is called
-
-    watcher = threading.Thread(target=watch, name="signals", daemon=True)
-    watcher.start()
-    pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(pipe_before)
-        os.close(writing)  # ends the watcher
-        watcher.join()
-        os.close(reading)
-
-
-def _end_by(number: int) -> None:
-    """Ends the process as the signal does by default; may be called in any thread."""
-    if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), SHOW_CURSOR)
-    ctypes.CDLL(None).signal(number, 0)  # SIG_DFL; Python's own signal.signal works in the main thread only
-    os.kill(os.getpid(), number)
-
-
 def _open(run: Path) -> tuple[experiments.Experiment, Any, str]:
     """The experiment of a run's folder on this machine's devices, with its newest weights."""
     config = folders.read_config(run)
-    _choose_precision(config)
-    _cache_compilations()
+    choose_precision(config)
+    cache_compilations()
     if jax.process_count() == 1 and not sharding.fits(config.mesh, devices=jax.device_count()):
         config = dataclasses.replace(config, mesh=sharding.MeshConfig())  # trained on other devices than these
     experiment = experiments.build(config, run)
     params, source = runs.latest_params(experiment, run)
     return experiment, params, source
-
-
-def evaluate(given: argparse.Namespace) -> int:
-    experiment, params, source = _open(given.run)
-    metrics, _ = experiments.evaluator(experiment)(params)
-    console = Console(soft_wrap=True)
-    fate = "cut" if experiment.config.sampling.overlong == "cut" else "left out"
-    overlong = f" ({experiment.overlong} {fate}: their prompts are too long)" if experiment.overlong else ""
-    console.print(f"{source}; {len(experiment.task.heldout)} held-out problems{overlong}, greedy", highlight=False)
-    for name, value in metrics.items():
-        console.print(f"{name} = {value:.4f}", highlight=False)
-    return DONE
 
 
 def sample(given: argparse.Namespace) -> int:
@@ -230,25 +155,28 @@ def sample(given: argparse.Namespace) -> int:
         )
         sampled, parts = sharding.fetch(compiled(params, placer(e.mesh)(prompts), jax.random.key(given.seed)))
         groups = completions(sampled, e.tokenizer, stop=e.stop)
-        parts = {**parts, **score_on_host(e.scoring, [problem] * shards, groups)}
+        host = score_on_host(e.scoring, [problem] * shards, groups, [True] + [False] * (shards - 1), traced=parts)
+        parts = {**parts, **host.parts}
         for g, completion in enumerate(groups[0]):
             # without a reference nothing can be said of accuracy
-            known = {name: float(values[0, g]) for name, values in parts.items() if reference or name != config.evaluation.accuracy}
+            known = {n: value for n, value in applying(parts, 0, g).items() if reference or n != config.evaluation.accuracy}
             row = record(problem, completion, Reward(0.0, known))
-            scores = "  ".join(f"{name} {value:g}" for name, value in known.items())
+            scores = "  ".join(f"{name} {'-' if value is None else f'{value:g}'}" for name, value in known.items())
+            scores += "".join(f"  failed by {reason}" for reason, each in host.failed.items() if each[0, g])
             say(f"{row['completion']}\n    {scores}  tokens {row['length']}  ended by {row['stop']}")
 
-    if given.problem is not None:
-        answer(given.problem, given.answer, 0)
-        return DONE
-    say(f"{source}. Type a problem, or an empty line to leave. For example: {e.task.heldout[0].question}")
-    for number, line in enumerate(iter(sys.stdin.readline, "")):
-        if not line.strip():
-            break
-        try:
-            answer(line.strip(), "", number)
-        except ValueError as error:
-            say(f"jaxreason: {error}")
+    with closing(e.scoring):
+        if given.problem is not None:
+            answer(given.problem, given.answer, 0)
+            return DONE
+        say(f"{source}. Type a problem, or an empty line to leave. For example: {e.task.heldout[0].question}")
+        for number, line in enumerate(iter(sys.stdin.readline, "")):
+            if not line.strip():
+                break
+            try:
+                answer(line.strip(), "", number)
+            except ValueError as error:
+                say(f"jaxreason: {error}")
     return DONE
 
 

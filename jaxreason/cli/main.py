@@ -8,12 +8,13 @@ whoever read the output has left.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,12 +69,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="show no progress, only the comparison at the end")
     _distributed(train)
 
-    evaluate = command(
-        "evaluate",
-        "Answer a run's held-out problems greedily with its newest weights, and print the accuracy.",
-        "jaxreason evaluate runs/mine",
-    )
-    run_folder(evaluate)
+    _evaluate(command)
 
     sample = command(
         "sample",
@@ -100,8 +96,105 @@ def parser() -> argparse.ArgumentParser:
     run_folder(export)
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to write: a new one, or an earlier export to replace")
 
+    _rewards(command)
     command("configs", "List the shipped configs with their first line.", "jaxreason configs")
     return top
+
+
+def _evaluate(command: Callable[..., argparse.ArgumentParser]) -> None:
+    evaluate = command(
+        "evaluate",
+        "Answer held-out problems with a run's newest weights or a Hugging Face folder's model, and estimate how good it is.",
+        "jaxreason evaluate runs/mine --samples 16 --temperature 0.6\n"
+        "  jaxreason evaluate models/Qwen2.5-0.5B-Instruct --task gsm8k --task.heldout_size=1319",
+        more="\n\nWithout --samples the likeliest token is taken at each place. Each finished batch is kept: the same command\n"
+        "goes on where it stopped, and Ctrl-C keeps what is finished (exit code 75). Results: completions.jsonl, results.json.",
+    )
+    evaluate.add_argument("model", type=Path, metavar="D", help="a run's folder, or a Hugging Face folder")
+    evaluate.add_argument("--config", metavar="F", help="a config that says how a Hugging Face folder's model is asked and scored")
+    evaluate.add_argument("--task", metavar="NAME", help="the task whose held-out problems are answered, instead of the config's")
+    evaluate.add_argument("--rule", metavar="NAME", default="", help="the rule of its accuracy (by default the task's own)")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="sample N completions of each problem")
+    evaluate.add_argument("--greedy", action="store_true", help="with --samples: one greedy completion of each as well")
+    evaluate.add_argument("--temperature", type=float, metavar="T", help="of the samples (by default the config's)")
+    evaluate.add_argument("--k", metavar="K,K", default="", help="for pass@k and majority@k (by default 1, 2, 4, ... and N)")
+    evaluate.add_argument("--problems", type=int, metavar="N", help="only the first N held-out problems")
+    evaluate.add_argument("--category", action="append", default=[], metavar="KEY", help="report by this key too; may be repeated")
+    evaluate.add_argument("--resamples", type=int, metavar="N", default=1000, help="of the bootstrap intervals (default 1000)")
+    evaluate.add_argument("--seed", type=int, metavar="N", default=0, help="another one samples other completions (default 0)")
+    evaluate.add_argument("--out", type=Path, metavar="D", help="the evaluation's folder: a new one, or one to go on with")
+    evaluate.add_argument("--quiet", action="store_true", help="show no progress, only the table at the end")
+    _settings(evaluate, "config", "task", "rule")
+
+
+def _rewards(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """What one debugs a reward with, and looks at data with."""
+    play = command(
+        "play",
+        "Answer a task's problems yourself, and see the reward of what you type and its parts.",
+        "jaxreason play word_problems --task.max_changes=2",
+    )
+    play.add_argument("task", metavar="TASK", help="a task's name")
+    play.add_argument("--rule", metavar="NAME", default="", help="the rule that scores (by default the task's own)")
+    play.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which problems (default heldout)")
+    play.add_argument("--start", type=int, metavar="N", default=0, help="the number of the first problem (default 0)")
+    _limits(play, workers=1)
+    _settings(play, "task", "rule")
+
+    grade = command(
+        "grade",
+        "Score a file of completions by a rule: a JSON object a line, such as a run's rollouts.jsonl.",
+        "jaxreason grade completions.jsonl --rule math.gsm8k_answer",
+    )
+    grade.add_argument("file", type=Path, metavar="FILE", help="a .jsonl or .jsonl.gz file")
+    grade.add_argument("--rule", metavar="NAME", required=True, help="a rule on text, as module.function")
+    for column in ("question", "answer", "completion"):
+        grade.add_argument(f"--{column}", metavar="COLUMN", default=column, help=f"the column of the {column} (default {column})")
+    grade.add_argument("--out", type=Path, metavar="F", help="the results' file (by default FILE's name with .graded.jsonl)")
+    _limits(grade, workers=2)
+    _settings(grade, "rule")
+
+    overlap = command(
+        "contamination",
+        "Find the evaluation problems that share words in a row with training problems.",
+        "jaxreason contamination --train train.jsonl --evaluation gsm8k --evaluation.heldout_size=1319 --out overlaps.json",
+    )
+    overlap.add_argument("--train", required=True, metavar="FILE|TASK", help="a .jsonl or .jsonl.gz file, or a task's name")
+    overlap.add_argument("--evaluation", required=True, metavar="FILE|TASK", help="likewise; of a task its held-out problems")
+    overlap.add_argument("--n", type=int, metavar="N", default=13, help="how many words in a row (default 13)")
+    overlap.add_argument("--threshold", type=float, metavar="S", default=0.0, help="list shares above this one (default 0)")
+    overlap.add_argument("--column", action="append", default=[], metavar="NAME", help="of the files; may be repeated")
+    overlap.add_argument("--draws", type=int, metavar="N", default=100_000, help="problems of a task without end (default 100000)")
+    overlap.add_argument("--out", type=Path, metavar="F", help="write all overlaps to this JSON file")
+    _settings(overlap, "train", "evaluation")
+
+
+SETTINGS = {
+    "train": ("config",),
+    "evaluate": ("config", "task", "rule"),
+    "play": ("task", "rule"),
+    "grade": ("rule",),
+    "contamination": ("train", "evaluation"),
+}
+OWN_FILES = ("evaluate", "play", "grade", "contamination")  # the other commands are in cli/commands.py
+
+
+def _limits(command: argparse.ArgumentParser, *, workers: int) -> None:
+    command.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=workers,
+        help=f"processes in which the rule runs (default {workers}); 0: this one, where it may print and no limit holds",
+    )
+    command.add_argument("--limit-seconds", type=float, metavar="S", default=3.0, help="that a completion may take (default 3)")
+    command.add_argument("--memory-mb", type=int, metavar="M", default=2048, help="that it may take (default 2048; 0: no limit)")
+
+
+def _settings(command: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        what = "a key of the config" if name == "config" else f"what the {name} takes" if name == "rule" else "what the task takes"
+        command.add_argument(f"--{name}.KEY=VALUE", dest="_", metavar="", help=f"set {what}; may be repeated")
 
 
 def _distributed(command: argparse.ArgumentParser) -> None:
@@ -131,27 +224,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     given, rest = parser().parse_known_args(words)
-    bare = [each for each in rest if each.startswith("--config.") and "=" not in each]
-    unknown = [each for each in rest if not each.startswith("--config.")]
-    if given.command == "train" and bare:
+    prefixes = tuple(f"--{name}." for name in SETTINGS.get(given.command, ()))
+    bare = [each for each in rest if each.startswith(prefixes) and "=" not in each]
+    unknown = [each for each in rest if not each.startswith(prefixes)]
+    if bare:
         print(f"jaxreason: {bare[0]} has no value: write {bare[0]}=VALUE", file=sys.stderr)
         return MISTAKE
-    if unknown or (rest and given.command != "train"):
+    if unknown:
         print(
-            f"jaxreason: {(unknown or rest)[0]} is not an option of '{given.command}': see jaxreason {given.command} --help",
+            f"jaxreason: {unknown[0]} is not an option of '{given.command}': see jaxreason {given.command} --help",
             file=sys.stderr,
         )
         return MISTAKE
-    given.words, given.overrides = words, rest
+    given.words, given.settings = words, rest
+    given.overrides = [each for each in rest if each.startswith("--config.")]
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with _ended_by_ctrl_c():
-            # jax is first imported here, so that --help and mistyped options answer at once
-            from jaxreason.cli import commands
+            # jax is first imported here, by the commands that need it, so that --help and mistyped options answer at once
+            own = given.command in OWN_FILES
+            module = importlib.import_module(f"jaxreason.cli.{given.command if own else 'commands'}")
 
-        code = getattr(commands, given.command)(given)
+        code = getattr(module, "run" if own else given.command)(given)
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -209,7 +209,8 @@ def side_by_side(examples: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: 
             title = Text(heading)
             if found is not None:
                 rewards = found.get("reward") or {}
-                title.append("".join(f"  {'reward' if k == 'total' else k} {_number(v)}" for k, v in rewards.items()))
+                known = {k: "-" if v is None else _number(v) for k, v in rewards.items()}
+                title.append("".join(f"  {'reward' if k == 'total' else k} {v}" for k, v in known.items()))
             table.add_column(title, ratio=1, overflow="fold")
             texts.append(Text("(not there yet)" if found is None else visible(shortened(found.get("completion", "")))))
         table.add_row(*texts)

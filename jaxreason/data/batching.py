@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.rewards import arithmetic
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.tasks.task import Task
 from jaxreason.types import Demonstration, Problem
 
-LARGEST_INTEGER = 2**31 - 1
+NO_DIGIT = 127  # stands for a digit of a reference that is no number
 NO_INTEGER = -(2**31)  # stands for a reference that is none; 0 would reward a completion that answers 0
 
 
@@ -42,7 +43,29 @@ def prompt_batch(
         prompt[i, -len(row) :] = row
         mask[i, -len(row) :] = True
     number = np.asarray([number % 2**32 for number, _ in numbered], np.uint32)
-    return PromptBatch(prompt, mask, number, np.asarray([integer_answer(p) for _, p in numbered], np.int32))
+    return PromptBatch(prompt, mask, number, **references([problem for _, problem in numbered]))
+
+
+class References(TypedDict):
+    answer: np.ndarray
+    digits: np.ndarray
+    numbers: np.ndarray
+    target: np.ndarray
+    use_all: np.ndarray
+
+
+def references(problems: Sequence[Problem]) -> References:
+    """What traced rules know of the problems, always of the same shapes: a batch without a game compiles to the same program."""
+    digits = np.full((len(problems), arithmetic.INTEGER_DIGITS + arithmetic.DECIMALS), NO_DIGIT, np.int8)
+    numbers = np.full((len(problems), arithmetic.MOST_NUMBERS), -1, np.int32)
+    target, use_all = np.zeros(len(problems), np.int32), np.zeros(len(problems), bool)
+    for i, problem in enumerate(problems):
+        if (places := arithmetic.reference_digits(problem.answer)) is not None:
+            digits[i] = places
+        if (game := arithmetic.game(problem)) is not None:
+            numbers[i, : len(game.numbers)], target[i], use_all[i] = game
+    answer = np.asarray([integer_answer(problem) for problem in problems], np.int32)
+    return {"answer": answer, "digits": digits, "numbers": numbers, "target": target, "use_all": use_all}
 
 
 def prompt_limits(sampling: SamplingConfig) -> Limits:
@@ -52,11 +75,8 @@ def prompt_limits(sampling: SamplingConfig) -> Limits:
 
 def integer_answer(problem: Problem) -> int:
     """The reference as an integer for traced rules, NO_INTEGER where it is none or too large for them."""
-    try:
-        value = int(problem.answer)
-    except ValueError:
-        return NO_INTEGER
-    return value if abs(value) <= LARGEST_INTEGER else NO_INTEGER
+    value = arithmetic.reference_integer(problem.answer)
+    return NO_INTEGER if value is None else value
 
 
 def demonstration_batch(

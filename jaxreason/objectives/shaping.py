@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from jaxreason.objectives.advantages import group_zscore
-from jaxreason.objectives.arrays import check_above, check_range, precise
+from jaxreason.objectives.advantages import check_deviation, group_zscore, zero_variance
+from jaxreason.objectives.arrays import check_above, check_range, check_reward, precise
 
 Lengths = Float[Array, "P G"] | Integer[Array, "P G"]
 
@@ -51,19 +51,30 @@ def kimi_length(length: Lengths, correct: Bool[Array, "P G"]) -> Float[Array, "P
 
 
 def normalise_then_sum(
-    parts: Float[Array, "P G R"], weight: Float[Array, " R"], *, ddof: int = 0, epsilon: float = 1e-6
+    parts: Float[Array, "P G R"],
+    weight: Float[Array, " R"],
+    *,
+    applies: Bool[Array, "P G R"] | None = None,
+    ddof: int = 0,
+    epsilon: float = 1e-6,
 ) -> Float[Array, "P G"]:
     """sum_k weight_k * group_zscore(reward part k): a part counts by its weight, not by its spread (GDPO, arXiv:2601.05242).
 
     Its Eq. 4 and 5; its Eq. 6 then normalises over the batch, which is `advantages.batch_whiten`. The result is an
-    advantage already: `grpo()._replace(advantage=...)`, or an algorithm without a std of its own.
+    advantage already: `grpo()._replace(advantage=...)`, or an algorithm without a std of its own. Where a part does not
+    apply to a row, it adds nothing to it, and the others of the group are compared among themselves.
 
     Raises ValueError if shapes do not fit, if G is 1, or if a reward is NaN.
     """
     if len(jnp.shape(parts)) != 3 or jnp.shape(weight) != jnp.shape(parts)[2:]:
         raise ValueError(f"parts have shape {jnp.shape(parts)} and weight {jnp.shape(weight)}; they must be [P, G, R] and [R].")
+    if applies is not None and jnp.shape(applies) != jnp.shape(parts):
+        raise ValueError(f"applies has shape {jnp.shape(applies)} and parts {jnp.shape(parts)}; they must be the same.")
     parts = precise(parts)
-    scores = [group_zscore(parts[:, :, k], ddof=ddof, epsilon=epsilon) for k in range(parts.shape[2])]
+    if applies is None:
+        scores = [group_zscore(parts[:, :, k], ddof=ddof, epsilon=epsilon) for k in range(parts.shape[2])]
+    else:
+        scores = [_zscore_where(parts[:, :, k], applies[:, :, k], ddof, epsilon) for k in range(parts.shape[2])]
     weight = precise(weight).astype(parts.dtype)
     return sum((weight[k] * score for k, score in enumerate(scores)), jnp.zeros_like(parts[:, :, 0]))
 
@@ -110,3 +121,18 @@ def _check_correct(correct: Array) -> None:
         raise ValueError(
             f"correct has dtype {dtype} and shape {shape}, but it must be boolean [P, G]; turn rewards into it with reward > 0."
         )
+
+
+def _zscore_where(part: Array, applies: Array, ddof: int, epsilon: float) -> Array:
+    """`group_zscore` of the rows [P, G] where a part applies, among themselves; 0 elsewhere."""
+    check_deviation(ddof, epsilon)
+    known = jnp.where(applies, part, jnp.max(jnp.where(applies, part, -jnp.inf), axis=1, keepdims=True))
+    known = jnp.where(jnp.any(applies, axis=1, keepdims=True), known, 0.0)  # the largest known one: it changes no extreme
+    check_reward(known, group=True)
+    moved = known - known[:, :1]
+    count = jnp.sum(applies, axis=1, keepdims=True).astype(part.dtype)
+    mean = jnp.sum(jnp.where(applies, moved, 0.0), axis=1, keepdims=True) / jnp.maximum(count, 1.0)
+    centred = jnp.where(applies & ~zero_variance(known)[:, None], moved - mean, 0.0)
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - ddof, 1.0)
+    std = jnp.sqrt(jnp.where(zero_variance(known)[:, None], 1.0, variance))
+    return centred / (std + epsilon)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxreason import checking, objectives, sharding, tasks
 from jaxreason import config as configs
-from jaxreason import objectives, sharding, tasks
 from jaxreason.config import Config
 from jaxreason.data.loader import Stream, problem_stream
 from jaxreason.models import config as model_config
@@ -57,7 +57,7 @@ class Experiment(NamedTuple):
 def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
     """Resolves every name of the config and checks every size; nothing is compiled, and no weight is read."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    configs.check(config, shards=sharding.problem_shards(mesh))
+    checking.check(config, shards=sharding.problem_shards(mesh))
     algorithm = configs.make(
         objectives,
         config.algorithm,
@@ -100,7 +100,7 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             "model that has them"
         )
     model_config.check_numerics(config.model.numerics)
-    configs.check_context(config, architecture)
+    checking.check_context(config, architecture)
     task = configs.make(tasks, config.task, key="task", returns="Task")
     supervised.check_phases(config.supervised, task)
     folder = source
@@ -130,7 +130,10 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
     if config.model.lora.rank:
         model = model._replace(specs=lora.declare_lora(specs, config.model.lora))
     vocabulary = tokenizer.vocabulary(architecture.vocab_size)
-    scoring = make_scoring(config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids)
+    task_rules = task.rules or {task.name: task.rule}
+    scoring = make_scoring(
+        config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids, config=config.scoring, task_rules=task_rules
+    )
     law.check(config.sampling.law, vocab_size=architecture.vocab_size, eos_ids=tokenizer.eos_ids)
     stop = stops.stop_strings(config.sampling.stop, vocabulary)
     fitting, overlong = _kept(task.heldout, "held-out", task, tokenizer, config.sampling)
@@ -218,6 +221,14 @@ def evaluator(experiment: Experiment) -> Evaluate:
 def training_stream(experiment: Experiment) -> tuple[Stream, int]:
     """The stream of training problems, and how many have a prompt that is too long; of an endless stream that is not known."""
     e = experiment
+    if e.task.restrict is not None:
+        numbers, overlong = {}, 0
+        for label, part in e.task.parts.items():
+            if part.train_size is not None:
+                problems = [part.train(number) for number in range(part.train_size)]
+                numbers[label], left_out = _kept(problems, f"training ({label})", part, e.tokenizer, e.config.sampling)
+                overlong += left_out
+        return problem_stream(e.task.restrict(numbers), numbers=None, seed=e.config.seed), overlong
     if e.task.train_size is None:
         return problem_stream(e.task.train, numbers=None, seed=e.config.seed), 0
     if not e.task.train_size:
@@ -227,6 +238,24 @@ def training_stream(experiment: Experiment) -> tuple[Stream, int]:
     problems = [e.task.train(number) for number in range(e.task.train_size)]
     kept, overlong = _kept(problems, "training", e.task, e.tokenizer, e.config.sampling)
     return problem_stream(e.task.train, numbers=kept, seed=e.config.seed), overlong
+
+
+def curriculum_pool(e: Experiment, overlong: int) -> int:
+    """How many training problems a curriculum chooses from; a ValueError where the config does not say, or asks for too many."""
+    pool, size = e.config.online.curriculum.pool, e.task.train_size
+    if size is None:
+        if not pool:
+            raise ValueError(
+                f"config.online.curriculum.pool is 0, and task '{e.task.name}' makes problems without end, none of which comes "
+                "again: set it to how many of them to go through, such as 1000"
+            )
+        return pool
+    size -= overlong if e.config.sampling.overlong != "cut" else 0
+    if pool > size:
+        raise ValueError(
+            f"config.online.curriculum.pool is {pool}, and the task has {size} training problems: lower it, or set it to 0"
+        )
+    return pool or size
 
 
 def describe(e: Experiment) -> str:
@@ -240,14 +269,5 @@ def describe(e: Experiment) -> str:
         f"supervised: {s.steps} steps x {s.demonstrations_per_step} demonstrations; "
         f"{e.algorithm.name}: {o.steps} steps x {o.problems_per_step} problems x {o.completions_per_problem} completions = "
         f"{rollouts} rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "
-        f"{'one program a step' if not e.scoring.host else 'rewards on the host'}"
+        f"{'one program a step' if not (e.scoring.host or e.scoring.group) else 'rewards on the host'}"
     )
-
-
-def told_of_skipped(task: Task) -> list[str]:
-    """What a person is told of the task's rows that were left out: how many, for what, and the first few."""
-    counts = task.skipped.counts
-    if not counts:
-        return []
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    return [f"{sum(counts.values())} bad rows of task '{task.name}' are left out: {reasons}", *task.skipped.first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from jaxreason.pipelines.experiment import (
     Experiment,
     build,
     check_attention,
+    curriculum_pool,
     describe,
     evaluator,
     initial_adapters,
     initial_params,
-    told_of_skipped,
     training_stream,
 )
 from jaxreason.pipelines.folder import Result, begin, open_folder, read_json
@@ -67,16 +67,24 @@ def train(
     if jax.process_index() == 0:
         begin(config, workdir)
     e = build(config, workdir, devices=devices)
+    with closing(e.scoring):
+        return _stages(e, workdir, begun=begun, progress=progress, stop=stop)
+
+
+def _stages(e: Experiment, workdir: Path, *, begun: float, progress: Progress, stop: Callable[[], bool]) -> Result:
+    config = e.config
     check_attention(e)
     log = RunLog(workdir)
     log.write_json("config.json", configs.to_dict(config))
     evaluate = evaluator(e)
     stream, overlong = training_stream(e)
+    if config.online.steps and config.online.curriculum.on:
+        curriculum_pool(e, overlong)  # what is wrong with it is said before anything is trained
     progress.message(describe(e))
     fate = "cut at their beginning" if config.sampling.overlong == "cut" else "left out"
     if e.task.skipped.counts:
         log.write_json("skipped_rows.json", {"counts": dict(e.task.skipped.counts), "first": list(e.task.skipped.first)})
-    for sentence in told_of_skipped(e.task):
+    for sentence in e.task.skipped.told(e.task.name):
         progress.message(sentence)
     for kind, count in (("training", overlong), ("held-out", e.overlong)):
         if count:
@@ -110,7 +118,7 @@ def train(
         if stop():
             return Result(False, {}, examples)
         told = {"evaluate": evaluate, "log": log, "progress": progress, "stop": stop}
-        outcome = _online(e, params, workdir, frozen=frozen, stream=stream, **told)
+        outcome = _online(e, params, workdir, frozen=frozen, stream=stream, overlong=overlong, **told)
         if not outcome.finished:
             return Result(False, {}, examples)
         params = outcome.state.params
@@ -188,6 +196,7 @@ def _online(
     progress: Progress,
     stop: Callable[[], bool],
     frozen: Any = None,
+    overlong: int = 0,
 ) -> supervised.Outcome:
     """The reinforcement stage; with LoRA `frozen` is the reference, and holds the weights beneath the adapters."""
     config = e.config.online
@@ -206,6 +215,7 @@ def _online(
         seed=e.config.seed,
         parked=parked,
         stop=e.stop,
+        accuracy=e.config.evaluation.accuracy,
     )
     with _checkpointer(e, workdir, online.STAGE) as checkpointer:
         told = {"params": params, "log": log, "progress": progress, "parked": parked}
@@ -231,6 +241,8 @@ def _online(
             stop=stop,
             resumed=extra,
             stop_strings=e.stop,
+            pool=curriculum_pool(e, overlong) if config.curriculum.on else 0,
+            seed=e.config.seed,
         )
 
 
@@ -307,8 +319,9 @@ def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
 
 def headline(metrics: Mapping[str, float]) -> str:
     """An evaluation in a few words."""
-    accuracy, length = (next(v for name, v in metrics.items() if name.endswith(end)) for end in ("/pass@1", "/length"))
-    return f"held-out accuracy {100 * accuracy:.1f}%, mean completion {length:.1f} tokens"
+    accuracy, length = (next((v for name, v in metrics.items() if name.endswith(end)), None) for end in ("/pass@1", "/length"))
+    shown = "n/a (its rule applies to no held-out problem)" if accuracy is None else f"{100 * accuracy:.1f}%"
+    return f"held-out accuracy {shown}, mean completion {length:.1f} tokens"
 
 
 def _phase_ends(config: Config) -> dict[str, int]:

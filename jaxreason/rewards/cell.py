@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # not imported when it runs: typing alone would take as long 
 COMPILE_ERROR, OUT_OF_MEMORY = 121, 122  # exit codes by which a child tells what became of the program
 NOBODY = 65534
 THREADS = 16  # which count as processes for the kernel
+FILES = 4096  # in /tmp
 
 _NAMESPACES = 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000  # mount, process, network, IPC, host name
 _USER_NAMESPACE = 0x10000000
@@ -51,7 +52,7 @@ _DENIED = {
     "open_by_handle_at": (304, 265), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     # memory that no limit on a process counts
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
-    "mq_open": (240, 180),
+    "mq_open": (240, 180), "landlock_create_ruleset": (444, 444),  # its own, entered before this filter, stays
     # the machine itself
     "syslog": (103, 116), "personality": (135, 92), "modify_ldt": (154, None), "acct": (163, 89), "swapon": (167, 224),
     "swapoff": (168, 225), "reboot": (169, 142), "sethostname": (170, 161), "setdomainname": (171, 162), "iopl": (172, None),
@@ -86,6 +87,8 @@ def main(spec: Mapping[str, Any]) -> None:
             os._exit(1)
         os.close(alive)
         _build_root(libc, spec["readable"], spec["limits"]["disk"])
+    elif spec["isolation"] == "bubblewrap":  # which does not limit how many files there are, and each is the kernel's memory
+        _mount(libc, "tmp", "/tmp", None, _REMOUNT | _NOSUID | _NODEV, _tmp_options(spec["limits"]["disk"]))
     elif spec["isolation"] == "none":
         _die_with_parent(libc, spec["parent"])
     if spec["isolation"] != "none" and os.getpid() != 1:  # what it kills later on is all that it can see
@@ -322,13 +325,8 @@ def _become_nobody(libc: Any) -> None:
 
 def _build_root(libc: Any, readable: list[str], disk: int) -> None:
     """A new root: the readable paths, read-only, a few devices and an empty /tmp; everything else of the host is gone."""
-
-    def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-        given = [text and text.encode() for text in (source, target, kind)]
-        _check(libc.mount(*given, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
-
-    mount("none", "/", None, _REC | _PRIVATE)
-    mount("root", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    _mount(libc, "none", "/", None, _REC | _PRIVATE)
+    _mount(libc, "root", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/old")
     _check(libc.syscall(_number(_CALLS["pivot_root"]), b"/tmp", b"/tmp/old"), "change the root")
     os.chdir("/")
@@ -341,17 +339,26 @@ def _build_root(libc: Any, readable: list[str], disk: int) -> None:
             os.symlink(os.readlink(old), path)
             continue
         os.mkdir(path) if os.path.isdir(old) else os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
-        mount(old, path, None, _BIND | _REC)
+        _mount(libc, old, path, None, _BIND | _REC)
         if not path.startswith("/dev/"):
             # read-only and no set-user-ID, for what is mounted below as well
             attributes = (ctypes.c_uint64 * 4)(_RDONLY | _NOSUID, 0, 0, 0)
             call = _number(_CALLS["mount_setattr"])
             _check(libc.syscall(call, -100, path.encode(), 0x8000, attributes, 32), f"make {path} read-only (Linux 5.12 can)")
     os.mkdir("/tmp")
-    mount("tmp", "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes=4096,mode=1777")
+    _mount(libc, "tmp", "/tmp", "tmpfs", _NOSUID | _NODEV, _tmp_options(disk) + ",mode=1777")
     _check(libc.umount2(b"/old", _DETACH), "let go of the old root")
     os.rmdir("/old")
-    mount("none", "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+    _mount(libc, "none", "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+
+
+def _mount(libc: Any, source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    given = [text and text.encode() for text in (source, target, kind)]
+    _check(libc.mount(*given, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
+
+
+def _tmp_options(disk: int) -> str:
+    return f"size={disk},nr_inodes={FILES}"
 
 
 def _die_with_parent(libc: Any, parent: int | None) -> None:

@@ -32,3 +32,20 @@ def think_answer_format(problem: Problem, completion: Completion) -> Reward:
         and tags[3].end() == len(text)
     )
     return Reward(float(well_formed), {"format": float(well_formed)})
+
+
+def thinking(text: str) -> str:
+    """The chain of thought: up to the last `</think>`, from the first `<think>` on; the whole text where there is neither.
+
+    The prompt may have opened the block already, and a truncated completion has not closed it.
+    """
+    before, closed, _ = text.rpartition("</think>")
+    inside = before if closed else text
+    opened = inside.find("<think>")
+    return inside if opened < 0 else inside[opened + len("<think>") :]
+
+
+def summary(text: str) -> str:
+    """What follows the last `</think>`: what a reader is shown. Empty where thinking never ended, the text where none began."""
+    _, closed, after = text.rpartition("</think>")
+    return after if closed or "<think>" not in text else ""

@@ -35,7 +35,9 @@ _BOOT = (
     "import sys, marshal; room = {'__name__': 'cell'}; code, spec = marshal.loads(sys.stdin.buffer.read()); "
     "exec(code, room); room['main'](spec)"
 )
-_SYSTEM = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"]
+# not all of /usr: an image's own files are often in /usr/src
+_SYSTEM = ["/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"]
+_SYSTEM += ["/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo"]
 
 
 class Verdict(enum.Enum):
@@ -52,7 +54,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may take, all its programs together; `memory_mb` is of each process."""
+    """What one call may take, all its programs together; `memory_mb` is of each process, `output_bytes` of each program."""
 
     seconds: float = 10.0
     memory_mb: int = 512
@@ -246,20 +248,23 @@ def start(
 
 def _readable() -> list[str]:
     """The folders that an interpreter needs: those of the system, and its own without the packages of an environment."""
-    own = [path for path in (os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)) if path != "/"]
+    prefixes = dict.fromkeys(map(os.path.realpath, (sys.base_prefix, sys.base_exec_prefix)))
+    own = [f"{prefix}/{folder}" for prefix in prefixes if prefix != "/" for folder in ("bin", "lib", "lib64")]
     paths = [*_SYSTEM]
     for path in own:
-        if not any(path == there or path.startswith(there + "/") for there in paths):
+        if os.path.isdir(path) and not any(path == there or path.startswith(there + "/") for there in paths):
             paths.append(path)
     return paths
 
 
 def _bubblewrap(readable: Sequence[str], limits: Limits) -> list[str]:
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--as-pid-1"]
+    capabilities = ["CAP_SYS_ADMIN"]  # to limit the number of files; a program has none
     if os.geteuid() == 0:  # it becomes nobody inside
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
+        capabilities += ["CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"]
     else:
         command += ["--unshare-user"]
+    command += ["--cap-drop", "ALL", *(word for name in capabilities for word in ("--cap-add", name))]
     above = {str(parent): None for path in ("/dev/null", *readable) for parent in reversed(Path(path).parents)}
     for folder in above:  # bubblewrap makes them too, but not for nobody to look into
         command += ["--perms", "0755", "--dir", folder]

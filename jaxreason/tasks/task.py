@@ -20,6 +20,13 @@ class Skipped:
     counts: Mapping[str, int] = field(default_factory=dict)  # reason -> rows
     first: tuple[str, ...] = ()  # 'file:line: what is wrong with it'
 
+    def told(self, task: str) -> list[str]:
+        """What a person is told of them, in lines; nothing where there are none."""
+        if not self.counts:
+            return []
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        return [f"{sum(self.counts.values())} bad rows of task '{task}' are left out: {reasons}", *self.first]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -36,3 +43,7 @@ class Task:
     preferences: Mapping[str, Sequence[Preference]] = field(default_factory=dict)  # 'train' and 'heldout' -> pairs
     step_labels: Mapping[str, Sequence[StepLabels]] = field(default_factory=dict)  # 'train' and 'heldout' -> chains
     skipped: Skipped = field(default_factory=Skipped)
+    rules: Mapping[str, str] = field(default_factory=dict)  # of a mixture: a problem's `task` -> the rule that scores it
+    parts: Mapping[str, Task] = field(default_factory=dict)  # of a mixture: a problem's `task` -> that task
+    # of a mixture: its `train` with only these problems of each finite task, such as those whose prompts fit
+    restrict: Callable[[Mapping[str, Sequence[int]]], Callable[[int], Problem]] | None = None

@@ -119,6 +119,7 @@ def word_problems(
         messages=lambda problem: [{"role": "user", "content": problem.question}],
         demonstrations={"worked": worked, "flawed": flawed},
         words=vocabulary(),
+        rule="math.gsm8k_answer",
     )
 
 

@@ -6,27 +6,34 @@ one that updates. Which a run has follows from its rules' names, and both end in
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreason import naming, rewards, sharding
+from jaxreason import naming, sharding
 from jaxreason.batch import PromptBatch, RolloutBatch
 from jaxreason.models.decoder import Model
 from jaxreason.models.tokenizer import Tokenizer
+from jaxreason.objectives import shaping
+from jaxreason.rewards import mixture, traced
+from jaxreason.rewards.finding import GROUP_NOUNS, found_rules
+from jaxreason.rewards.pool import Pool, score_here
+from jaxreason.rewards.pool_messages import FAILURES
 from jaxreason.rewards.traced import TracedRule, weighted_total
 from jaxreason.sampling import stops
 from jaxreason.sampling.rollout import Sampled, SamplingConfig, sample
 from jaxreason.sampling.stops import StopStrings
 from jaxreason.training import partial as partial_rollouts
-from jaxreason.types import Completion, Problem, Reward, RewardFn, StopReason
+from jaxreason.types import Completion, GroupRewardFn, Problem, Reward, RewardFn, StopReason
 
 Parts = Mapping[str, jax.Array]  # name -> [P, G]
 
@@ -35,49 +42,114 @@ Parts = Mapping[str, jax.Array]  # name -> [P, G]
 class RulePart:
     """One part of the reward: a rule named `module.function` under jaxreason.rewards, and what it counts."""
 
-    rule: str = ""
+    rule: str = ""  # 'task': the rule that the problem's task names
     weight: float = 1.0
+    gate: str = ""  # another part, which must be positive for this one to count
+    normalise: bool = False  # what counts is its z-score in the group (GDPO, arXiv:2601.05242), before the sum
     shuffle: bool = False  # a control: its values are dealt out anew among the batch's completions before they count
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Where host rules run, and what each may take on one completion; beyond it the part is 0, and counted as failed."""
+
+    workers: int = 2  # processes; 0: in the run's own, where no limit holds
+    limit_seconds: float = 3.0
+    memory_mb: int = 2048  # address space in MiB that a worker may add; 0: no limit
+
+
 class Scoring(NamedTuple):
-    """A run's reward: the rules by part, split into traced ones and host ones, and how they add up."""
+    """A run's reward: the rules by part, split into traced ones, host ones and those of a whole group, and how they add up."""
 
     traced: Mapping[str, TracedRule]
     host: Mapping[str, RewardFn]
     weights: Mapping[str, float]
     shuffled: frozenset[str]
+    pool: Pool | None = None  # where the host rules run; without it in this process
+    group: Mapping[str, GroupRewardFn] = MappingProxyType({})
+    gates: Mapping[str, str] = mixture.NO_GATES
+    normalised: frozenset[str] = frozenset()
+
+    def close(self) -> None:
+        """Ends the pool's processes; the next scoring would start them anew."""
+        if self.pool is not None:
+            self.pool.close()
 
 
 def rules() -> dict[str, Callable[..., Any]]:
     """Every rule under jaxreason.rewards by the name `module.function`."""
-    found: dict[str, Callable[..., Any]] = {}
-    for info in pkgutil.iter_modules(rewards.__path__):
-        module = importlib.import_module(f"{rewards.__name__}.{info.name}")
-        for noun in ("Reward", "TracedRule"):
-            found |= {f"{info.name}.{name}": function for name, function in naming.returning(module, noun).items()}
-    return found
+    by_tokens = {f"traced.{name}": function for name, function in naming.returning(traced, "TracedRule").items()}
+    return found_rules("Reward", *GROUP_NOUNS) | by_tokens
 
 
-def make_scoring(parts: Mapping[str, RulePart], *, vocabulary: Sequence[bytes | None], eos_ids: Sequence[int]) -> Scoring:
-    """Resolves the rules' names; a ValueError names the part whose rule does not exist or does not take its kwargs."""
+def make_scoring(
+    parts: Mapping[str, RulePart],
+    *,
+    vocabulary: Sequence[bytes | None],
+    eos_ids: Sequence[int],
+    config: ScoringConfig | None = None,
+    task_rules: Mapping[str, str] = MappingProxyType({}),
+) -> Scoring:
+    """Resolves the rules' names; a ValueError names the part whose rule does not exist or does not take its kwargs.
+
+    Host rules run in worker processes as `config` says, and in this process without one. `task_rules` says which rule
+    scores the problems of a task, for a part whose rule is 'task'.
+    """
     traced: dict[str, TracedRule] = {}
     host: dict[str, RewardFn] = {}
+    group: dict[str, GroupRewardFn] = {}
     known = rules()
     for name, part in parts.items():
-        function = naming.find(part.rule, known, key=f"reward.{name}.rule")
         key = f"reward.{name}.kwargs"
+        if part.rule == "task":
+            host[name] = _by_task(known, part.kwargs, task_rules, key=key)
+            continue
+        function = naming.find(part.rule, known, key=f"reward.{name}.rule")
+        if part.rule.startswith("reflection.") and part.weight:
+            raise ValueError(
+                f"config.reward.{name}.weight is {part.weight}, and '{part.rule}' is a metric, which as a reward teaches to write "
+                "the words that it counts: set it to 0"
+            )
         if part.rule.startswith("traced."):
             traced[name] = naming.call(function, vocabulary, eos_ids, kwargs=part.kwargs, key=key)
-        else:
-            host[name] = partial(function, **naming.arguments(function, part.kwargs, key=key))
+            continue
+        whole = inspect.signature(function).return_annotation in GROUP_NOUNS
+        (group if whole else host)[name] = partial(function, **naming.arguments(function, part.kwargs, key=key))
+    weights = {name: part.weight for name, part in parts.items()}
+    gates = {name: part.gate for name, part in parts.items() if part.gate}
+    for name, gate in gates.items():
+        if gate == name or gate not in parts:
+            others = [each for each in parts if each != name]
+            raise ValueError(f"config.reward.{name}.gate is '{gate}', which is no other part: {naming.nearest(gate, others)}")
     return Scoring(
         traced,
         host,
-        {name: part.weight for name, part in parts.items()},
+        weights,
         frozenset(name for name, part in parts.items() if part.shuffle),
+        Pool(host, **dataclasses.asdict(config)) if host and config is not None and config.workers else None,
+        group,
+        gates,
+        frozenset(name for name, part in parts.items() if part.normalise),
     )
+
+
+def _by_task(
+    known: Mapping[str, Callable[..., Any]], kwargs: Mapping[str, Any], task_rules: Mapping[str, str], *, key: str
+) -> mixture.ByTask:
+    """The rule of each task, and those that `kwargs` name, task by task, in their place."""
+    found: dict[str, RewardFn] = {}
+    for task, rule in {**task_rules, **kwargs}.items():
+        where = f"{key}.{task}"
+        if not rule:
+            raise ValueError(f"task '{task}' names no rule that scores its answers: name one with --config.{where}=module.function")
+        function = naming.find(rule, known, key=where)
+        if inspect.signature(function).return_annotation != "Reward":
+            raise ValueError(f"config.{where} is '{rule}', which is no rule on the text of one completion: name one that is")
+        found[task] = partial(function, **naming.arguments(function, {}, key=where))
+    if not found:
+        raise ValueError(f"config.{key.removesuffix('.kwargs')}.rule is 'task', and the task names no rule: name one instead")
+    return mixture.ByTask(found)
 
 
 def sample_and_score(
@@ -122,11 +194,20 @@ def score_traced(scoring: Scoring, prompts: PromptBatch, sampled: Sampled, *, co
 
 
 def total_reward(scoring: Scoring, parts: Parts, key: jax.Array, done: jax.Array | None = None) -> jax.Array:
-    """The weighted sum of the parts [P, G], those of a control dealt out anew first, among the groups that are `done` [P]."""
+    """The weighted sum of the parts [P, G], those of a control dealt out anew first, among the groups that are `done` [P].
+
+    What `mixture.totals` says: NaN is a part that does not apply, a closed gate makes a part 0, and gates see what a
+    control was dealt, for otherwise they would tell what it hides.
+    """
     counted = dict(parts)
     for number, name in enumerate(sorted(scoring.shuffled)):
         counted[name] = partial_rollouts.shuffled(parts[name], jax.random.fold_in(key, number), done)
-    return weighted_total(counted, scoring.weights)
+    values = {name: jnp.where(jnp.isnan(value), 0.0, value) for name, value in counted.items()}
+    values |= {name: jnp.where(values[gate] > 0, values[name], 0.0) for name, gate in scoring.gates.items()}
+    for name in scoring.normalised:
+        applies = ~jnp.isnan(counted[name])[..., None]
+        values[name] = shaping.normalise_then_sum(values[name][..., None], jnp.ones(1, jnp.float32), applies=applies)
+    return weighted_total(values, scoring.weights)
 
 
 def rollout_batch(prompts: PromptBatch, sampled: Sampled, reward: jax.Array) -> RolloutBatch:
@@ -157,20 +238,91 @@ def completions(sampled: Sampled | Shown, tokenizer: Tokenizer, *, stop: StopStr
     return [[one(*each) for each in zip(*group, strict=True)] for group in zip(*rows, strict=True)]
 
 
+class HostScores(NamedTuple):
+    """What the host rules said of a batch."""
+
+    parts: dict[str, np.ndarray]  # name -> [P, G] float32; NaN where a part does not apply
+    failed: dict[str, np.ndarray]  # reason -> [P, G] bool: a part has no reward for it, and counts 0
+    asked: np.ndarray  # [P, G] bool
+
+    def shares(self) -> dict[str, float]:
+        """The share of the completions asked about that failed, by reason; nothing without host rules."""
+        return {reason: float(each.sum() / max(1, self.asked.sum())) for reason, each in self.failed.items()}
+
+    def none_shares(self) -> dict[str, float]:
+        """The share of the completions asked about to which a part does not apply, where there are any."""
+        none = {name: float(np.isnan(values[self.asked]).mean()) for name, values in self.parts.items() if self.asked.any()}
+        return {name: share for name, share in none.items() if share}
+
+
 def score_on_host(
-    scoring: Scoring, problems: Sequence[Problem], groups: Sequence[Sequence[Completion]], done: Sequence[bool] | None = None
+    scoring: Scoring,
+    problems: Sequence[Problem],
+    groups: Sequence[Sequence[Completion]],
+    done: Sequence[bool] | None = None,
+    *,
+    traced: Mapping[str, Any] = MappingProxyType({}),
+) -> HostScores:
+    """The host parts of the reward; 0 for groups that are not `done`, which no rule is asked about.
+
+    Rules of a whole group come last, in this process: they are told the other parts, the `traced` ones among them. A
+    ValueError says what a rule raised, where it did so on every one of several completions: then it is the rule's mistake.
+    """
+    asked = np.zeros((len(groups), len(groups[0]) if groups else 0), bool)
+    asked[:] = True if done is None else np.asarray(done, bool)[:, None]
+    if not scoring.host:
+        return HostScores(_score_groups(scoring, problems, groups, traced, asked), {}, asked)
+    where = list(zip(*np.nonzero(asked), strict=True))
+    samples = [(problems[p], groups[p][g]) for p, g in where]
+    outcomes = score_here(scoring.host, samples) if scoring.pool is None else scoring.pool.score(samples)
+    parts = {name: np.zeros(asked.shape, np.float32) for name in scoring.host}
+    failed = {reason: np.zeros(asked.shape, bool) for reason in FAILURES}
+    for place, by_part in zip(where, outcomes, strict=True):
+        for name, outcome in by_part.items():
+            parts[name][place] = 0.0 if outcome.reward is None else in_array(outcome.reward)
+            if outcome.failure:
+                failed[outcome.failure][place] = True
+    useless = {name: np.asarray(all(each[name].failure == "error" for each in outcomes)) for name in scoring.host}
+    # every process scores; what ran into a limit on one may not have done so on another
+    parts, failed, useless = sharding.of_first_process((parts, failed, useless))
+    for name in scoring.host if len(outcomes) > 1 else ():
+        if useless[name]:
+            raise ValueError(f"the rule of config.reward.{name} fails on every completion: {outcomes[0][name].detail}")
+    parts |= _score_groups(scoring, problems, groups, {**traced, **parts}, asked)
+    return HostScores(parts, failed, asked)
+
+
+def _score_groups(
+    scoring: Scoring,
+    problems: Sequence[Problem],
+    groups: Sequence[Sequence[Completion]],
+    parts: Mapping[str, Any],
+    asked: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The host parts of the reward, [P, G] each; 0 for groups that are not `done`, which no rule is asked about."""
-    done = [True] * len(groups) if done is None else done
+    """The parts that take a whole group, told of `parts`, [P, G] on the host."""
+    found = {name: np.zeros(asked.shape, np.float32) for name in scoring.group}
+    for p in np.flatnonzero(asked.any(axis=1)).tolist() if scoring.group else ():
+        known = [applying(parts, p, g) for g in range(len(groups[p]))]
+        gates = {name: gate for name, gate in scoring.gates.items() if gate in parts}  # none by what is not known yet
+        told = [Reward(mixture.total(row, scoring.weights, gates=gates), row) for row in known]
+        for name, rule in scoring.group.items():
+            rewards = rule(problems[p], groups[p], told)
+            if len(rewards) != len(told):
+                raise ValueError(f"the rule of config.reward.{name} gave {len(rewards)} rewards for the {len(told)} of a group")
+            found[name][p] = [in_array(reward) for reward in rewards]
+    return sharding.of_first_process(found) if found else {}
 
-    def part(rule: RewardFn) -> np.ndarray:
-        rows = [
-            [rule(problem, each).total if asked else 0.0 for each in group]
-            for problem, group, asked in zip(problems, groups, done, strict=True)
-        ]
-        return np.asarray(rows, np.float32)
 
-    return {name: part(rule) for name, rule in scoring.host.items()}
+def in_array(reward: Reward) -> float:
+    """What a rule's reward is in an array: NaN where it does not apply; a NaN of its own becomes inf, which ends the run."""
+    value = mixture.value(reward)
+    return math.nan if value is None else math.inf if math.isnan(value) else value
+
+
+def applying(parts: Mapping[str, Any], p: int, g: int) -> dict[str, float | None]:
+    """One row of arrays [P, G] as parts by name, None where one does not apply."""
+    row = {name: float(values[p, g]) for name, values in parts.items()}
+    return {name: None if math.isnan(value) else value for name, value in row.items()}
 
 
 class Shown(NamedTuple):
@@ -186,6 +338,7 @@ class Shown(NamedTuple):
     parts: Mapping[str, Any]
     done: Any = None  # [P], with partial rollouts: groups that are done, the only ones shown
     seat: Any = None  # [P'], likewise: which group a row is
+    pass_rate: Any = None  # [P], with a curriculum: the mean over a group of the part that it looks at; NaN where none applies
 
 
 def rows_of(
@@ -198,8 +351,7 @@ def rows_of(
         if shown.done is not None and not shown.done[seat]:
             continue
         for g, completion in enumerate(group):
-            parts = {name: float(values[p, g]) for name, values in shown.parts.items()}
-            reward = Reward(float(shown.reward[p, g]), parts)
+            reward = Reward(float(shown.reward[p, g]), applying(shown.parts, p, g))
             rows.append(record(problems[seat], completion, reward, advantage=float(shown.advantage[p, g])))
     return rows
 

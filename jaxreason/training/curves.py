@@ -23,7 +23,7 @@ Scale = Literal["linear", "fraction", "log"]
 # file name, title, unit, scale, and for each line a metric's pattern and its label (\1: what the group matched)
 SPECS: tuple[tuple[str, str, str, Scale, tuple[tuple[str, str], ...]], ...] = (
     ("reward", "Reward and its parts", "mean reward of a completion", "linear",
-     ((r"reward/(total)", r"\1"), (r"reward/(?!zero_variance$)(.+)", r"\1"))),
+     ((r"reward/(total)", r"\1"), (r"reward/(?!zero_variance$|failed/)(.+)", r"\1"))),
     ("accuracy", "Held-out accuracy", "pass@1 (fraction of problems)", "fraction", ((r"eval/(.+)/pass@1", r"\1"),)),
     ("length", "Completion length", "tokens", "linear",
      ((r"rollout/length", "training"), (r"eval/(.+)/length", r"held-out \1"))),
@@ -32,9 +32,9 @@ SPECS: tuple[tuple[str, str, str, Scale, tuple[tuple[str, str], ...]], ...] = (
     ("sampler_gap", "Sampler gap (sampler against trainer)", "log-prob difference (nats)", "log",
      ((r"policy/sampler_gap", "gap"),)),
     ("supervised_loss", "Supervised loss", "nats per token", "linear", ((r"loss/sft", "loss"),)),
-    ("shares", "Truncated, without signal, clipped", "fraction", "fraction",
+    ("shares", "Truncated, without signal, failed, clipped", "fraction", "fraction",
      ((r"rollout/truncated", "truncated completions"), (r"reward/zero_variance", "groups with equal rewards"),
-      (r"policy/clip_fraction", "clipped tokens"))),
+      (r"reward/failed/(.+)", r"rules that failed: \1"), (r"policy/clip_fraction", "clipped tokens"))),
     ("gradient_norm", "Gradient norm", "norm before clipping", "log", ((r"optimizer/gradient_norm", "norm"),)),
 )  # fmt: skip
 

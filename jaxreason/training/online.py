@@ -6,6 +6,7 @@ With a host rule among them the same pure functions run with the scoring between
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,9 @@ from jax.sharding import Mesh
 from jaxreason import sharding
 from jaxreason.batch import PromptBatch, TrainState
 from jaxreason.compiling import compiled
+from jaxreason.data import curriculum
 from jaxreason.data.batching import prompt_batch, prompt_limits
+from jaxreason.data.curriculum import CurriculumConfig
 from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
@@ -71,6 +74,7 @@ class OnlineConfig:
     problems_per_microbatch: int = 32  # below problems_per_update: gradients are accumulated
     epochs: int = 1  # passes over a batch of rollouts
     logged_problems: int = 8  # groups of each step written to rollouts.jsonl
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     @property
@@ -104,10 +108,12 @@ def make_step(
     seed: int,
     parked: Any = None,
     stop: StopStrings | None = None,
+    accuracy: str = "accuracy",
 ) -> OnlineStep:
     """The jitted forms of one step. `number` is the step's number; all randomness is folded from it and the seed.
 
-    `parked` is what partial.layout says, where `sampling.parking.step_tokens` asks for partial rollouts.
+    `parked` is what partial.layout says, where `sampling.parking.step_tokens` asks for partial rollouts. With a curriculum,
+    `accuracy` is the part of the reward whose mean over a group is its pass rate.
     """
     if bool(parked) != (sampling.parking.step_tokens > 0):
         raise ValueError(
@@ -147,7 +153,10 @@ def make_step(
         ends = (sampled.truncated, sampled.stopped, sampled.length)
         shown = Shown(sampled.completion, sampled.mask, *ends, reward, advantage, dict(parts))
         if parked is None:
-            return state, metrics, jax.tree.map(lambda x: x[: config.logged_problems], shown)
+            shown = jax.tree.map(lambda x: x[: config.logged_problems], shown)
+            if config.curriculum.on:
+                shown = shown._replace(pass_rate=jnp.nanmean(jnp.clip(parts[accuracy], 0, 1), axis=-1))
+            return state, metrics, shown
         done, seat = partial_rollouts.shown_first(parked, count=config.logged_problems)
         shown = jax.tree.map(lambda x: x[seat], shown)._replace(done=done, seat=seat)
         return replace(state, algorithm=parked), metrics | partial_rollouts.metrics(parked, sampled, number), shown
@@ -165,7 +174,7 @@ def make_step(
     return OnlineStep(
         collect=jax.jit(collect, out_shardings=collected, donate_argnames="parked" if parked else None),
         learn=jax.jit(learn, donate_argnums=0, out_shardings=out),
-        fused=None if scoring.host else jax.jit(fused, donate_argnums=0, out_shardings=out),
+        fused=None if scoring.host or scoring.group else jax.jit(fused, donate_argnums=0, out_shardings=out),
     )
 
 
@@ -177,11 +186,17 @@ def mean_over(done: jax.Array | None, x: jax.Array, dtype: Any = None) -> jax.Ar
     return masked_mean(x, jnp.broadcast_to(done.reshape(-1, *(1 for _ in x.shape[1:])), x.shape))
 
 
+def mean_where_it_applies(part: jax.Array, done: jax.Array | None) -> jax.Array:
+    """The mean over [P, G] without NaN, of groups that are `done` [P]; NaN where the part applies to none of them."""
+    counts = ~jnp.isnan(part) if done is None else ~jnp.isnan(part) & done[:, None]
+    return jnp.where(jnp.any(counts), masked_mean(jnp.where(counts, part, 0.0), counts), jnp.nan)
+
+
 def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array, done: jax.Array | None = None) -> Metrics:
     """Means over the batch: reward and its parts, dead groups, length in tokens, truncated share, tokens sampled.
 
-    Of a batch with groups that are not `done` [P], means over those that are; 0 without any. With drafts the share of them that
-    was accepted.
+    Of a batch with groups that are not `done` [P], means over those that are; 0 without any. A part's mean is over the rows
+    where it applies; NaN without any. With drafts the share of them that was accepted.
     """
     mean = partial(mean_over, done)
     length = jnp.sum(sampled.mask, axis=-1, dtype=jnp.int32)
@@ -191,7 +206,7 @@ def rollout_metrics(sampled: Sampled, parts: Parts, reward: jax.Array, done: jax
         drafts = {"rollout/drafts_accepted": accepted / jnp.maximum(tried, 1)}
     return {
         "reward/total": mean(reward),
-        **{f"reward/{name}": mean(values) for name, values in parts.items()},
+        **{f"reward/{name}": mean_where_it_applies(values, done) for name, values in parts.items()},
         "reward/zero_variance": mean(zero_variance(reward), jnp.float32),
         "rollout/length": mean(length, jnp.float32),
         "rollout/truncated": mean(sampled.truncated, jnp.float32),
@@ -222,23 +237,33 @@ def reinforce(
     stop: Callable[[], bool],
     resumed: Mapping[str, Any] | None = None,
     stop_strings: StopStrings | None = None,
+    pool: int = 0,
+    seed: int = 0,
 ) -> Outcome:
     """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns.
 
     `reference` may be None where the algorithm has no use for it and the state holds all parameters, not adapters. `resumed` is
     what the checkpoint of step `start` says besides: with partial rollouts the place in the stream depends on what was written.
+    With a curriculum the stream's first `pool` problems are chosen from, by what is known of them
+    and by `seed`.
     """
     place = placer(mesh)
     progress.stage(STAGE, config.steps, start)
     parks = sampling.parking.step_tokens > 0
     seats = partial_rollouts.seats_of(resumed or {}, problems=config.problems_per_step)
+    counts = curriculum.fresh(pool) if "curriculum" not in (resumed or {}) else curriculum.from_json((resumed or {})["curriculum"])
+    chosen = np.zeros(0, np.int64)
 
     def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:
-        nonlocal seats
+        nonlocal seats, counts, chosen
         begin = step * config.problems_per_step
         # keys are folded from the place in the stream: a step may hold a problem twice, at the border of two epochs
         if parks:
             seats, numbered = partial_rollouts.seated(seats, stream)
+        elif config.curriculum.on:
+            told = {"step": step, "count": config.problems_per_step, "config": config.curriculum}
+            counts, chosen = curriculum.choose(counts, **told, seed=seed)
+            numbered = [(begin + i, stream(int(number), 1)[0][1]) for i, number in enumerate(chosen)]
         else:
             numbered = [(begin + i, problem) for i, (_, problem) in enumerate(stream(begin, config.problems_per_step))]
         batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, **prompt_limits(sampling))
@@ -266,9 +291,12 @@ def reinforce(
         done = None
         if parks:
             done, state = sharding.fetch(parking.finished(sampled.parked)), replace(state, algorithm={})
-        host = score_on_host(scoring, problems, groups, done)
+        traced = sharding.fetch(parts) if scoring.group else {}
+        host = score_on_host(scoring, problems, groups, done, traced=traced)
         times["time/score"] = time.perf_counter() - begun
-        batch = (state, reference, prompts, sampled, {**parts, **place(host)}, number)
+        times |= {f"reward/failed/{reason}": share for reason, share in host.shares().items()}
+        times |= {f"rollout/none/{name}": share for name, share in host.none_shares().items()}
+        batch = (state, reference, prompts, sampled, {**parts, **place(host.parts)}, number)
         learn = program("learn", step_fn.learn, *batch)
         begun = time.perf_counter()
         out = jax.block_until_ready(learn(*batch))
@@ -287,6 +315,9 @@ def reinforce(
         pending = None
         metrics, shown = sharding.fetch((metrics, shown))
         values = {name: float(value) for name, value in metrics.items()}
+        for name in scoring.weights:
+            if math.isnan(values[f"reward/{name}"]):  # the part applied to no row
+                del values[f"reward/{name}"]
         check_finite(STAGE, step, values)
         if parks and not values["rollout/finished"]:  # means over nothing are no zeros
             values = {name: value for name, value in values.items() if name in partial_rollouts.ALWAYS}
@@ -314,6 +345,10 @@ def reinforce(
         flush(None)
         if parks:  # which seats are free: the host waits for it
             seats = partial_rollouts.left(seats, sharding.fetch(shown.done).tolist())
+        if config.curriculum.on:  # what the next step trains on: here too
+            rates = np.asarray(sharding.fetch(shown.pass_rate))
+            counts = curriculum.record(counts, chosen, rates, group=config.completions_per_problem)
+            times |= curriculum.metrics(counts, config.curriculum)
         pending = (step, metrics, shown, problems, times)
         stopping = stop()
         last = step == config.steps
@@ -322,7 +357,9 @@ def reinforce(
             flush(state)
         if last or stopping or (saving.every_steps and step % saving.every_steps == 0):
             flush(None)
-            where = seats.extra() if parks else {"position": step * config.problems_per_step}
+            where: dict[str, Any] = seats.extra() if parks else {"position": step * config.problems_per_step}
+            if config.curriculum.on:
+                where["curriculum"] = curriculum.to_json(counts)
             checkpointer.save(step, state, {"stage": STAGE, **where})
             clock = time.perf_counter()  # a save is no part of a step
         if stopping and not last:

@@ -18,7 +18,7 @@ from jaxreason.cli.main import main
 from jaxreason.pipelines import folder as folders
 
 TINY = ("--config", "quickstart:tiny")
-NAMES = ("train", "evaluate", "sample", "report", "export", "configs")
+NAMES = ("train", "evaluate", "sample", "report", "export", "play", "grade", "contamination", "configs")
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +111,7 @@ def test_help_answers_at_once_and_is_enough(name):
 
 def test_the_top_help_names_every_command():
     code, _, printed = loaded("--help")
-    assert code == 0 and [name for name in NAMES if not re.search(rf"^    {name} ", printed, re.MULTILINE)] == []
+    assert code == 0 and [name for name in NAMES if not re.search(rf"^    {name}( |$)", printed, re.MULTILINE)] == []
     assert "jaxreason train --config quickstart" in printed
 
 
@@ -124,7 +124,7 @@ def test_the_top_help_names_every_command():
         (["trian"], "invalid choice: 'trian'"),
         (["train", *TINY, "--workdir", "x", "--widget"], "--widget is not an option of 'train': see jaxreason train --help"),
         (["train", *TINY, "--workdir", "x", "--config.seed", "3"], "--config.seed has no value: write --config.seed=VALUE"),
-        (["evaluate", "x", "--config.seed=3"], "--config.seed=3 is not an option of 'evaluate'"),
+        (["sample", "x", "--config.seed=3"], "--config.seed=3 is not an option of 'sample'"),
         (["sample", "x", "--n", "many"], "argument --n: invalid int value: 'many'"),
         (["export", "x"], "OUT"),
     ],
@@ -236,15 +236,21 @@ def test_a_run_without_a_checkpoint_and_a_damaged_config(several, finished, tmp_
     told = several(*(("evaluate", folder) for folder in (begun, damaged, finished / "policy")), code=2)
     assert f"'{begun}' has no checkpoint yet" in sentence(told[0])
     assert "config.json is not valid JSON" in sentence(told[1])
-    assert "no run's config" in sentence(told[2])
+    assert "is a model's folder, which names no problems" in sentence(told[2])
 
 
-def test_evaluate_prints_what_the_summary_says(jaxreason, finished):
-    printed = jaxreason("evaluate", finished).stdout
+def test_evaluate_says_what_the_summary_says(several, finished, tmp_path):
+    command = ("evaluate", finished, "--out", tmp_path / "out")
+    told, again = (done.stdout for done in several(command, command))
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
-    assert "stage 'reinforce', step 2" in printed and "8 held-out problems, greedy" in printed
+    assert "stage 'reinforce', step 2; 8 held-out problems, greedy" in told and "pass@1" in told
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    numbers = results["greedy"]["all"]["all"]
     for name, value in summary["after"].items():
-        assert f"{name} = {value:.4f}" in printed
+        metric = name.removeprefix("eval/word_problems/")
+        if not metric.startswith("failed/"):
+            assert numbers[metric]["value"] == pytest.approx(value, abs=1e-9)
+    assert [line for line in again.splitlines() if "│" in line] == [line for line in told.splitlines() if "│" in line]
 
 
 PROBLEM = "Tom has 7 pens. Triples them. Loses 8. How many?"

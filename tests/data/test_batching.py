@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxreason.data.batching import NO_INTEGER, demonstration_batch, integer_answer, prompt_batch
+from jaxreason.data.batching import NO_DIGIT, NO_INTEGER, demonstration_batch, integer_answer, prompt_batch, references
 from jaxreason.models.tokenizer import Tokenizer, load_tokenizer, save_word_tokenizer
 from jaxreason.tasks import Task, word_problems
 from jaxreason.types import Demonstration, Problem
@@ -52,6 +52,22 @@ def test_prompts_are_padded_on_the_left(task, tokenizer):
 def test_a_reference_that_is_no_integer_is_not_zero(answer, integer):
     assert integer_answer(Problem("p", "q", answer)) == integer
     assert np.int32(integer) == integer
+
+
+def test_what_traced_rules_know_of_a_problem_has_the_same_shapes_whatever_it_is():
+    game = Problem("a", "q", "-12.5", metadata={"numbers": (3, 8, 3), "target": -7, "use_all": True})
+    other = Problem("b", "q", "blue", metadata={"numbers": "three", "target": 2})
+    for problems in ([game, other], [other, other], [game, game]):
+        told = references(problems)
+        shapes = {name: (array.shape, array.dtype) for name, array in told.items()}
+        assert shapes == {
+            "answer": ((2,), np.int32), "digits": ((2, 32), np.int8), "numbers": ((2, 8), np.int32), "target": ((2,), np.int32),
+            "use_all": ((2,), np.bool_),
+        }  # fmt: skip
+    told = references([game, other])
+    assert told["digits"][0].tolist() == [0] * 18 + [-1, -2, -5] + [0] * 11 and (told["digits"][1] == NO_DIGIT).all()
+    assert told["numbers"].tolist() == [[3, 8, 3, -1, -1, -1, -1, -1], [-1] * 8] and told["target"].tolist() == [-7, 0]
+    assert told["use_all"].tolist() == [True, False]
 
 
 def test_a_completion_that_answers_zero_is_wrong_where_the_reference_is_no_integer(task, tokenizer):

@@ -41,6 +41,16 @@ def test_normalise_then_sum_counts_parts_by_their_weight():
     assert np.abs(summed - z[..., 1]).max() < 0.05 < np.abs(summed - got).max()
 
 
+def test_normalise_then_sum_compares_the_rows_that_have_a_part():
+    parts = jnp.asarray([[[1.0], [3.0], [1e9], [5.0]], [[2.0], [7.0], [7.0], [7.0]], [[1.0], [2.0], [3.0], [4.0]]])
+    applies = jnp.asarray([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)[..., None]
+    got = shaping.normalise_then_sum(parts, jnp.asarray([2.0]), applies=applies, epsilon=0.0)
+    z = np.sqrt(1.5)  # of 1, 3, 5
+    np.testing.assert_allclose(got, [[-2 * z, 0, 0, 2 * z], [0] * 4, [0] * 4], rtol=1e-6)
+    everywhere = shaping.normalise_then_sum(parts, jnp.asarray([2.0]), applies=jnp.ones_like(parts, bool))
+    np.testing.assert_allclose(everywhere, shaping.normalise_then_sum(parts, jnp.asarray([2.0])), rtol=1e-6)
+
+
 def test_dynamic_sampling_keeps_the_groups_that_are_neither_all_right_nor_all_wrong():
     correct = jnp.asarray([[True, True], [False, False], [True, False]])
     np.testing.assert_array_equal(shaping.dynamic_sampling(correct), [False, False, True])
@@ -117,6 +127,10 @@ def test_truncated_completions_leave_by_the_mask():
         (lambda: shaping.kimi_length(jnp.ones((1, 2)), jnp.ones((1, 3), bool)), r"\(1, 2\).*\(1, 3\)"),
         (lambda: shaping.dynamic_sampling(jnp.ones((1, 2))), "boolean"),
         (lambda: shaping.normalise_then_sum(jnp.ones((1, 2, 3)), jnp.ones(2)), r"\(1, 2, 3\).*\(2,\)"),
+        (
+            lambda: shaping.normalise_then_sum(jnp.ones((1, 2, 3)), jnp.ones(3), applies=jnp.ones((1, 2), bool)),
+            r"applies has shape \(1, 2\)",
+        ),
         (lambda: shaping.adaptive_kl(0.1, jnp.asarray(1.0), target=0.0), "target is 0.0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxreason.rewards import sandbox
+from jaxreason.rewards import code, sandbox
+from jaxreason.rewards.pool import Pool
 from jaxreason.rewards.sandbox import Isolation, Limits, Verdict
+from jaxreason.types import Completion, Problem, StopReason
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "code_sandbox.md").read_text(encoding="utf-8")
@@ -63,6 +66,9 @@ ATTACKS = {
     "10 GB in files": (
         "for i in range(1000): open(f'/tmp/{i}', 'wb').write(bytes(10 << 20))", 1, Verdict.RUNTIME_ERROR, b""
     ),
+    "files without end": (
+        "n = 0\nwhile True:\n  open(f'/tmp/{n}', 'w').close()\n  n += 1", 1, Verdict.RUNTIME_ERROR, b""
+    ),
     "infinite output": ("while True: print('x' * 1000)", 1, Verdict.RUNTIME_ERROR, None),
     "infinite errors": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", 1, Verdict.RUNTIME_ERROR, b""),
     "infinite loop, no signals": (IGNORE + "while True: pass", 1, Verdict.TIME_LIMIT, b""),
@@ -93,10 +99,11 @@ ATTACKS = {
     ),
     "new namespaces": (
         "import ctypes\nlibc = ctypes.CDLL(None)\nprint([libc.unshare(1 << bit) for bit in (17, 28, 29, 30)],"
-        " libc.mount(b'none', b'/tmp', b'tmpfs', 0, b''), libc.ptrace(0, 0, 0, 0), libc.syscall(435, 0, 0))",
+        " libc.mount(b'none', b'/tmp', b'tmpfs', 0, b''), libc.ptrace(0, 0, 0, 0), libc.syscall(435, 0, 0),"
+        " libc.syscall(444, 0, 0, 1))",
         4,
         None,
-        b"[-1, -1, -1, -1] -1 -1 -1\n",
+        b"[-1, -1, -1, -1] -1 -1 -1 -1\n",
     ),
     "higher limits": (
         "import resource as r\nfor k in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_FSIZE, r.RLIMIT_CPU):\n"
@@ -176,7 +183,7 @@ def test_secrets_and_files_outside_are_out_of_reach(isolation, tmp_path, monkeyp
     source = f"""
 import os, sys
 places = [{str(tmp_path / "secret")!r}, {str(ROOT / "pyproject.toml")!r}, {str(Path.home())!r} + "/.bashrc"]
-places += ["/etc/passwd", "/etc/shadow"]
+places += ["/etc/passwd", "/etc/shadow", "/usr/src", "/usr/local/src", "/usr/share/doc"]
 places += [f"/proc/{{pid}}/environ" for pid in ("self", 1, {os.getpid()})] + ["/dev/mem", "/sys/kernel", "/dev/shm", "/dev/tty"]
 for place in places:
     if os.path.exists(place):
@@ -291,6 +298,24 @@ def test_a_cell_can_be_killed(isolation):
     assert living(mark)
     (ended,) = cell.finish(seconds=0.1)
     assert ended.verdict is Verdict.TIME_LIMIT
+    assert gone(mark)
+
+
+def test_closing_a_pool_ends_the_programs_of_its_rules():
+    isolation = sandbox.find_isolation()
+    if isolation.kind == "refused":
+        pytest.skip(isolation.reason)
+    mark = f"m-{secrets.token_hex(6)}"
+    source = MARK.format(mark=mark) + "import time\ntime.sleep(1000)"
+    problem = Problem("1", "", "", metadata={"style": "assert", "tests": ["assert f() == 1"]})
+    pool = Pool({"code": functools.partial(code.code_tests, limit_seconds=500.0)}, workers=1)
+    pool.start([(problem, Completion(source, (), StopReason.EOS))])
+    for _ in range(400):
+        if living(mark):
+            break
+        time.sleep(0.05)
+    assert living(mark)
+    pool.close()
     assert gone(mark)
 
 

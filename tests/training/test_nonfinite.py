@@ -71,6 +71,7 @@ def reinforce(experiment: experiments.Experiment, workdir: Path, *, broken_at: i
         experiments.initial_params(experiment),
         workdir,
         stream=experiments.training_stream(experiment)[0],
+        overlong=0,
         evaluate=lambda params: ({}, []),
         log=RunLog(workdir),
         progress=Silent(),
@@ -94,7 +95,7 @@ def test_a_reward_that_is_none_stops_before_its_step_is_saved(tmp_path: Path) ->
     expected = reinforce(experiment, undisturbed, broken_at=None)
 
     with pytest.raises(
-        NonFiniteError, match=r"reward/accuracy is nan at step 4 of stage 'reinforce': nothing of this step was saved"
+        NonFiniteError, match=r"reward/accuracy is inf at step 4 of stage 'reinforce': nothing of this step was saved"
     ):
         reinforce(experiment, stopped, broken_at=4)
     assert saved(stopped, "reinforce") == ["2", "2.manifest.json", "3", "3.manifest.json"]

@@ -1,10 +1,8 @@
-"""Reward rules as JAX functions of token ids: they compile into the training step, and no text is ever made.
+"""Rules that an automaton decides: it runs over the bytes of every token once, on the host, and then over token ids.
 
-A factory runs an automaton over the bytes of every token once, on the host (`jaxreason.automata`), and returns a rule
-`(prompts, completion [P, G, T], mask [P, G, T]) -> reward [P, G]`: a scan of one gather a token over small tables that
-it closes over. It is exact however the tokenizer cuts the text. What a completion says is the bytes of the tokens that
-the mask keeps; a None in the vocabulary, or an id outside it, is a token without text, which matches nothing.
-Absent on purpose: anything that needs more than the tokens and an integer; that is a host rule.
+Such a rule is a scan of one gather a token over small tables that it closes over (`jaxreason.automata` lifts them). It is exact
+however the tokenizer cuts the text. What they share with the other traced rules is here too: what a rule is, what a token id
+outside the vocabulary means, and how parts add up.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def think_answer_format(vocabulary: Sequence[bytes | None], eos_ids: Sequence[in
     of the vocabulary's tokens can match.
     """
     pattern = think_answer_pattern() if pattern is None else pattern
-    eos = _checked_eos(vocabulary, eos_ids)
+    eos = checked_eos(vocabulary, eos_ids)
     if not eos:
         raise ValueError("eos_ids is empty, but only a completion that ends by EOS is well formed; give its EOS ids")
 
@@ -50,7 +48,7 @@ def think_answer_format(vocabulary: Sequence[bytes | None], eos_ids: Sequence[in
     table[:, eos] = DEAD
     table[np.flatnonzero(automaton.accepting)[:, None], np.array(eos)[None, :]] = ended
     class_of, table = merge_columns(table)
-    if not _reachable(table, automaton.start)[ended]:
+    if not reachable(table, automaton.start)[ended]:
         raise ValueError(f"no sequence of the vocabulary's {len(vocabulary)} tokens matches {pattern[:80]!r}")
 
     def rule(prompts: PromptBatch, completion: Array, mask: Array) -> Array:
@@ -61,8 +59,36 @@ def think_answer_format(vocabulary: Sequence[bytes | None], eos_ids: Sequence[in
             return jnp.where(chosen, transitions[state, symbol], state), None
 
         start = jnp.full(completion.shape[:2], automaton.start, jnp.int32)
-        state, _ = jax.lax.scan(advance, start, (_time_first(_look_up(class_of, completion)), _time_first(mask)))
+        state, _ = jax.lax.scan(advance, start, (time_first(look_up(class_of, completion)), time_first(mask)))
         return (state == ended).astype(jnp.float32)
+
+    return rule
+
+
+def matches(vocabulary: Sequence[bytes | None], eos_ids: Sequence[int], *, pattern: str) -> TracedRule:
+    r"""1 if `pattern` matches the whole text, which ends at the first EOS; else 0. Host twin: `pattern.matches`.
+
+    `[\s\S]*wait[\s\S]*` asks whether it occurs. How the completion ended does not count; `think_answer_format(pattern=...)`
+    also asks for an end by EOS. `jaxreason.automata.compile_regex` says what a pattern may hold. Raises ValueError if no
+    sequence of the vocabulary's tokens can match.
+    """
+    eos = checked_eos(vocabulary, eos_ids)
+    automaton = lift(compile_regex(pattern), without(eos, vocabulary))
+    class_of, table = merge_columns(automaton.transitions)
+    if not (reachable(table, automaton.start) & automaton.accepting).any():
+        raise ValueError(f"no sequence of the vocabulary's {len(vocabulary)} tokens matches {pattern[:80]!r}")
+
+    def rule(prompts: PromptBatch, completion: Array, mask: Array) -> Array:
+        transitions = jnp.asarray(table)
+
+        def advance(state, token):
+            symbol, chosen = token
+            return jnp.where(chosen, transitions[state, symbol], state), None
+
+        start = jnp.full(completion.shape[:2], automaton.start, jnp.int32)
+        read = mask & before_eos(completion, mask, eos_ids=eos)
+        state, _ = jax.lax.scan(advance, start, (time_first(look_up(class_of, completion)), time_first(read)))
+        return jnp.asarray(automaton.accepting)[state].astype(jnp.float32)
 
     return rule
 
@@ -80,25 +106,22 @@ def integer_answer(
     starts as an integer could go on, or if no sequence of the vocabulary's tokens spells an integer between the tags.
     """
     machine = _IntegerMachine(open.encode(), close.encode())
-    eos = _checked_eos(vocabulary, eos_ids)
-    texts = [None if token in eos else text for token, text in enumerate([*vocabulary, None])]
-    table, scale, add = machine.lift(texts)
+    eos = checked_eos(vocabulary, eos_ids)
+    table, scale, add = machine.lift(without(eos, vocabulary))
     states = len(table)
     class_of, merged = merge_columns(np.concatenate([table, scale, add]))
     table, scale, add = merged[:states].astype(np.int32), merged[states : 2 * states], merged[2 * states :]
-    if not _reachable(table, 0)[machine.closed].any():
+    if not reachable(table, 0)[machine.closed].any():
         raise ValueError(
             f"no sequence of the vocabulary's {len(vocabulary)} tokens spells {open!r}, an integer and {close!r}; "
             "give tags that the tokenizer can write"
         )
     # Up to this value, value * scale + add is at most _TOO_LARGE, hence exact in uint32.
     limit = np.where(scale == 0, _TOO_LARGE, (_TOO_LARGE - add) // np.maximum(scale, 1)).astype(np.uint32)
-    is_eos = np.isin(np.arange(len(texts)), eos)
 
     def rule(prompts: PromptBatch, completion: Array, mask: Array) -> Array:
         moves, scales, adds, limits = (jnp.asarray(one) for one in (table, scale, add, limit))
-        ended = jnp.cumsum((_look_up(is_eos, completion) & mask).astype(jnp.int32), axis=-1) > 0
-        read = mask & ~ended
+        read = mask & before_eos(completion, mask, eos_ids=eos)
 
         def advance(carry, token):
             (state, value), (symbol, chosen) = carry, token
@@ -107,7 +130,7 @@ def integer_answer(
             return (jnp.where(chosen, moves[state, symbol], state), jnp.where(chosen, grown, value)), None
 
         carry = jnp.zeros(completion.shape[:2], jnp.int32), jnp.zeros(completion.shape[:2], jnp.uint32)
-        tokens = _time_first(_look_up(class_of, completion)), _time_first(read)
+        tokens = time_first(look_up(class_of, completion)), time_first(read)
         (state, value), _ = jax.lax.scan(advance, carry, tokens)
         answer = prompts.answer[:, None]
         magnitude = jax.lax.bitcast_convert_type(jnp.abs(answer), jnp.uint32)  # |-2^31| wraps to the bits of 2^31
@@ -204,14 +227,27 @@ class _IntegerMachine:
         return table, scale, add
 
 
-def _checked_eos(vocabulary: Sequence[bytes | None], eos_ids: Sequence[int]) -> list[int]:
-    eos = [int(token) for token in eos_ids]
+def checked_eos(vocabulary: Sequence[bytes | None], eos_ids: Sequence[int]) -> list[int]:
+    """The EOS ids in order, each once; raises ValueError for one outside the vocabulary."""
+    eos = sorted({int(token) for token in eos_ids})
     if any(not 0 <= token < len(vocabulary) for token in eos):
         raise ValueError(f"eos_ids {eos} must be ids of the vocabulary, which has {len(vocabulary)} tokens")
     return eos
 
 
-def _reachable(table: np.ndarray, start: int) -> np.ndarray:
+def without(eos: Sequence[int], vocabulary: Sequence[bytes | None]) -> list[bytes | None]:
+    """The vocabulary with EOS having no text, and one more entry without text, for ids outside it."""
+    ends = set(eos)
+    return [None if token in ends else text for token, text in enumerate([*vocabulary, None])]
+
+
+def before_eos(completion: Int32[Array, "P G T"], mask: Bool[Array, "P G T"], *, eos_ids: Sequence[int]) -> Bool[Array, "P G T"]:
+    """True up to the first EOS that the mask keeps, and not at it."""
+    is_eos = jnp.any(completion[..., None] == jnp.asarray(eos_ids, jnp.int32).reshape(1, 1, 1, -1), axis=-1) & mask
+    return jnp.cumsum(is_eos.astype(jnp.int32), axis=-1) == 0
+
+
+def reachable(table: np.ndarray, start: int) -> np.ndarray:
     """Which states some sequence of symbols leads to, `[S]` bool."""
     seen = np.zeros(len(table), dtype=bool)
     todo = [int(start)]
@@ -223,11 +259,12 @@ def _reachable(table: np.ndarray, start: int) -> np.ndarray:
     return seen
 
 
-def _look_up(per_token: np.ndarray, completion: Int32[Array, "P G T"]) -> Array:
+def look_up(per_token: np.ndarray, completion: Int32[Array, "P G T"]) -> Array:
     """`per_token[completion]`, ids outside the vocabulary taken as its last entry, which stands for 'no text'."""
     last = len(per_token) - 1
     return jnp.asarray(per_token)[jnp.where((completion >= 0) & (completion < last), completion, last)]
 
 
-def _time_first(array: Array) -> Array:
+def time_first(array: Array) -> Array:
+    """[P, G, T] as [T, P, G], which is what a scan over tokens reads."""
     return jnp.moveaxis(array, -1, 0)

@@ -1,0 +1,383 @@
+r"""Whether two answers are mathematically equal: part by part, numbers exactly, and symbols by math-verify.
+
+`notation` says what the parts of an answer are; this file says when they are the same. Most answers are numbers, tuples of
+them, or words, and are decided here without sympy; what has symbols goes to `symbolic`. Tolerance is deliberately absent
+(33.3 is not 100/3), and so is any second chance: one reading of each answer decides.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from jaxreason.rewards import exact, symbolic
+from jaxreason.rewards.notation import UNITS, Form, key, plain, read, split, without_unit
+
+_LONGEST = 4000  # characters of an answer that are read; a longer one is right only where it is the reference itself
+_PAIRS = 400  # of parts that one comparison looks at
+_RELATION = re.compile(r"\\(?:le|ge|ne|approx|equiv)(?![A-Za-z])|[=<>]|\\in(?![A-Za-z])")
+_IN = re.compile(r"\\in(?![A-Za-z])")
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
+_NAME = re.compile(
+    r"\\?[A-Za-z]+(?:_\{?[^{}=]{1,20}\}?)?'*(?:\((?:[^()]|\([^()]*\)){1,40}\))?|\|[A-Za-z\\ {}]{1,20}\||\[[A-Z]{2,8}\]"
+    r"|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|widehat|vec|mathbb)\s*\{?[A-Za-z]+\}?|\\(?:sin|cos|tan)\s*\\?[A-Za-z]+"
+)
+_BASE = re.compile(r"([0-9A-Za-z]+)_\{?\s*(?:\\text\{)?\s*(?:base\s*)?([0-9]{1,2}|[a-z]+)\s*\}?\}?")
+_BASES = {name: base for base, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
+
+
+def equal(gold: str, prediction: str, *, limit_seconds: float = 3.0) -> bool:
+    """Whether an answer, as it is written, is the reference's; what takes longer than `limit_seconds` is not.
+
+    Not symmetric in one point: the reference says whether the order of a list matters.
+    """
+    gold, prediction = gold.strip(), prediction.strip()
+    if not gold or not prediction:
+        return False
+    if gold == prediction:
+        return True
+    if max(len(gold), len(prediction)) > _LONGEST:
+        return False
+    for _ in range(2):
+        try:
+            with symbolic.limited(limit_seconds):
+                return _equal(gold, prediction)
+        except symbolic.NotLoaded:
+            symbolic.load()  # once in a process, and at nobody's expense: its second or two is outside the limit
+        except (symbolic.OutOfTime, RecursionError):
+            break
+    return False
+
+
+def _equal(gold: str, prediction: str) -> bool:
+    gold, prediction = plain(gold), plain(prediction)
+    if not prediction:
+        return False
+    if key(gold) == key(prediction):
+        return True
+    if re.fullmatch("(?!.*(.).*\\1)[A-J]{2,6}", gold) and re.fullmatch(r"[A-J](?:[\s,()]*[A-J])*\)?", prediction.lstrip("(")):
+        return sorted(gold) == sorted(re.findall("[A-J]", prediction))
+    return _same(_form(gold), _form(prediction), _Budget(_PAIRS))
+
+
+class _Budget:
+    """How many pairs of parts may still be compared."""
+
+    def __init__(self, pairs: int):
+        self.left = pairs
+
+    def spent(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def _form(text: str) -> Form:
+    """The form of an answer, its plus-minus written out and the names of its unknowns left where they are."""
+    form = read(text)
+    if form.kind == "list":
+        parts = tuple(part for piece in form.parts for part in _both_signs(piece))
+        return Form("list", form.text, parts)
+    if form.kind == "one":
+        signs = _both_signs(form)
+        return Form("list", form.text, signs) if len(signs) > 1 else form
+    return form
+
+
+def _both_signs(form: Form) -> tuple[Form, ...]:
+    if form.kind != "one" or len(_PLUS_MINUS.findall(form.text)) != 1:
+        return (form,)
+    return tuple(Form("one", _PLUS_MINUS.sub(sign, form.text).strip().removeprefix("+").strip()) for sign in "+-")
+
+
+def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
+    """Whether two forms are equal, part by part."""
+    if budget.spent():
+        return False
+    if key(gold.text) == key(prediction.text):
+        return True
+    gold, prediction = _as_set(gold, prediction), _as_set(prediction, gold)
+    kinds = gold.kind, prediction.kind
+    named = _assignments(gold), _assignments(prediction)
+    if named[0] and named[1]:
+        same_names = named[0].keys() == named[1].keys()
+        return same_names and all(_same(value, named[1][name], budget) for name, value in named[0].items())
+    if kinds == ("one", "one"):
+        return _same_one(gold.text, prediction.text)
+    if kinds in {("tuple", "tuple"), ("matrix", "matrix")}:
+        round_ones = {gold.brackets, prediction.brackets} <= {"()", "", "[]"} and len(gold.parts) > 2
+        alike = gold.brackets == prediction.brackets or "" in (gold.brackets, prediction.brackets) or round_ones
+        return alike and _in_order(gold, prediction, budget)
+    if "tuple" in kinds and "list" in kinds:
+        # x = 1, y = 2 is (1, 2), in the order of the names
+        gold, prediction = (
+            Form("list", form.text, tuple(value for _, value in sorted(by_name.items()))) if by_name else _values(form)
+            for form, by_name in zip((gold, prediction), named, strict=True)
+        )
+        return {gold.brackets, prediction.brackets} <= {"", "()", "[]"} and _in_order(gold, prediction, budget)
+    if kinds in {("list", "list"), ("set", "set"), ("list", "set"), ("set", "list"), ("union", "union")}:
+        return _in_any_order(_values(gold), _values(prediction), budget) or _in_any_order(gold, prediction, budget)
+    if "one" in kinds and ("list" in kinds or "set" in kinds):
+        one, many = (gold, prediction) if gold.kind == "one" else (prediction, gold)
+        right = _unnamed(one.text, many.text)
+        if right is not None and (form := _form(right)).kind != "one":  # x = 1, 2 or x \\in {1, 2}
+            return _same(form, many, budget) if gold.kind == "one" else _same(many, form, budget)
+        if many.kind == "set" and len(many.parts) == 1 and gold.kind == "set":
+            return _same(many.parts[0], one, budget)
+        return False if right is None and not _needs_symbols(one.text, many) else symbolic.equal(gold.text, prediction.text)
+    if "one" in kinds:
+        one, many = (gold, prediction) if gold.kind == "one" else (prediction, gold)
+        right = _unnamed(one.text, many.text)
+        if right is not None:
+            form = _form(right)
+            return _same(form, many, budget) if gold.kind == "one" else _same(many, form, budget)
+    return symbolic.equal(gold.text, prediction.text)
+
+
+def _needs_symbols(one: str, many: Form) -> bool:
+    return many.kind == "set" and "\\" in one and exact.value(one) is None
+
+
+def _in_order(gold: Form, prediction: Form, budget: _Budget) -> bool:
+    if len(gold.parts) != len(prediction.parts):
+        return False
+    return all(_same(a, b, budget) for a, b in zip(gold.parts, prediction.parts, strict=True))
+
+
+def _in_any_order(gold: Form, prediction: Form, budget: _Budget) -> bool:
+    """Whether the parts of the one are those of the other; where one has more, a part named twice counts once."""
+    if not gold.parts or not prediction.parts:
+        return gold.kind == prediction.kind == "set" and not gold.parts and not prediction.parts
+    left, unmatched = list(prediction.parts), 0
+    for a in gold.parts:
+        found = next((b for b in left if _same(a, b, budget)), None)
+        if found is not None:
+            left.remove(found)
+        elif any(_same(a, b, budget) for b in prediction.parts):
+            unmatched += 1
+        else:
+            return False
+    if len(gold.parts) == len(prediction.parts):
+        return not unmatched
+    return all(any(_same(a, b, budget) for a in gold.parts) for b in left)
+
+
+def _assignments(form: Form) -> dict[str, Form]:
+    """What each name stands for in x = 1, y = 2; empty where it is no such list, or a name has two values."""
+    found = {}
+    for part in form.parts if form.kind == "list" else ():
+        sides = split(part.text, ("=",))
+        if part.kind != "one" or len(sides) != 2 or not _is_name(sides[0]):
+            return {}
+        found[key(sides[0])] = read(sides[1])
+    return found if len(found) == len(form.parts) else {}
+
+
+def _values(form: Form) -> Form:
+    """A list of x = 1, x = 2 as 1, 2, where every part names the value that it gives; p=5,q=2 as a tuple's parts likewise."""
+    if form.kind not in {"list", "tuple", "set"}:
+        return form
+    parts = []
+    for part in form.parts:
+        if part.kind == "tuple":
+            parts.append(_values(part))
+            continue
+        sides = split(part.text, ("=",))
+        if part.kind == "one" and len(sides) == 2 and _is_name(sides[0]):
+            parts.append(read(sides[1]))
+        else:
+            parts.append(part)
+    return Form(form.kind, form.text, tuple(parts), form.brackets)
+
+
+def _as_set(form: Form, other: Form) -> Form:
+    """An inequality in one unknown as the interval that it is, where the other answer is an interval or a union."""
+    interval = (other.kind == "tuple" and len(other.parts) == 2) or other.kind == "union" or _IN.search(form.text + other.text)
+    if form.kind == "list" and other.kind == "union":
+        parts = tuple(_as_set(part, Form("union", "")) for part in form.parts)
+        return Form("union", form.text, parts) if all(part.kind == "tuple" for part in parts) else form
+    if form.kind != "one" or not interval:
+        return form
+    sides, signs = _sides(form.text)
+    if len(sides) == 2 and signs[0] == "\\in" and _is_name(sides[0]):
+        return read(sides[1])
+    if not signs or not set(signs) <= {"<", ">", "\\le", "\\ge"}:
+        return form
+    if signs[0] in {">", "\\ge"}:
+        sides, signs = sides[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+    if any(sign in {">", "\\ge"} for sign in signs):
+        return form
+    if len(sides) == 3 and _is_name(sides[1]):
+        low, high, brackets = sides[0], sides[2], ("([")[signs[0] == "\\le"] + (")]")[signs[1] == "\\le"]
+    elif len(sides) == 2 and _is_name(sides[0]):
+        low, high, brackets = "-\\infty", sides[1], "(" + (")]")[signs[0] == "\\le"]
+    elif len(sides) == 2 and _is_name(sides[1]):
+        low, high, brackets = sides[0], "\\infty", ("([")[signs[0] == "\\le"] + ")"
+    else:
+        return form
+    return Form("tuple", form.text, (read(low), read(high)), brackets)
+
+
+def _same_one(gold: str, prediction: str) -> bool:
+    """Whether two single answers are equal: numbers, quantities, words, relations, expressions."""
+    gold_sides, gold_signs = _sides(gold)
+    sides, signs = _sides(prediction)
+    if gold_signs or signs:
+        return _same_relation((gold, gold_sides, gold_signs), (prediction, sides, signs))
+    if (a := _in_base(gold)) is not None or _BASE.fullmatch(prediction):
+        b = _in_base(prediction)
+        a = exact.value(gold) if a is None else a
+        return a is not None and a == (exact.value(prediction) if b is None else b)
+    gold, gold_unit = without_unit(gold)
+    prediction, unit = without_unit(prediction)
+    scale = _scale(gold_unit, unit)
+    if scale is None or (gold_unit != unit and gold_unit.startswith("mod ") and unit.startswith("mod ")):
+        return False
+    a, b = _number(gold), _number(prediction)
+    if a is not None and b is not None:
+        cents = not gold_unit and unit == "cent" and a == b / 100
+        return cents or _same_number(a, b * scale, gold, prediction)
+    if key(gold) == key(prediction):
+        return scale == 1
+    if scale != 1 or _is_word(gold) or _is_word(prediction):
+        return scale == 1 and key(gold).lower() == key(prediction).lower()
+    if (a is None) != (b is None):
+        number, other = (gold, prediction) if a is not None else (prediction, gold)
+        places = exact.decimal_places(number)
+        if places is not None and places >= 6 and symbolic.rounded_to(number, places, other):
+            return True
+    percents = gold.endswith("%"), prediction.endswith("%")
+    return symbolic.equal(gold.rstrip("%"), prediction.rstrip("%")) if any(percents) else symbolic.equal(gold, prediction)
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a number or of a ratio of two, without its percent sign."""
+    sides = text.split(":")
+    if len(sides) == 2:
+        a, b = (exact.value(side) for side in sides)
+        return a / b if a is not None and b else None
+    return exact.value(text.removesuffix("%").strip())
+
+
+def _same_number(a: Fraction, b: Fraction, gold: str, prediction: str) -> bool:
+    """Whether two values are equal exactly; 50% is 50 and 1/2, and 0.333333, with six places or more, is 1/3."""
+    if a == b:
+        return True
+    percents = gold.endswith("%"), prediction.endswith("%")
+    if percents == (True, False) and a == 100 * b or percents == (False, True) and 100 * a == b:
+        return True
+    for decimal, whole, text, other in ((a, b, gold, prediction), (b, a, prediction, gold)):
+        places = exact.decimal_places(text)
+        if places is not None and places >= 6 and re.search(r"/|\\frac|overline", other):
+            return abs(decimal - whole) <= Fraction(1, 2 * 10**places)
+    return False
+
+
+def _scale(gold: str, prediction: str) -> Fraction | None:
+    """What a quantity in the one unit is multiplied by to be in the other: 1 unless both are known; None if they measure
+    different things."""
+    a, b = UNITS.get(gold), UNITS.get(prediction)
+    if a is None or b is None or gold == prediction:
+        return Fraction(1)
+    return Fraction(b[1]) / Fraction(a[1]) if a[0] == b[0] else None
+
+
+def _in_base(text: str) -> Fraction | None:
+    """The value of 204_5; None where the text is no such number."""
+    match = _BASE.fullmatch(text)
+    if match is None or not re.search("[0-9]", match[1]):
+        return None
+    base = int(match[2]) if match[2].isdigit() else _BASES.get(match[2], 0)
+    number = exact.in_base(match[1], base)
+    return None if number is None else Fraction(number)
+
+
+def _sides(text: str) -> tuple[list[str], list[str]]:
+    """A chain of relations as what it relates and the signs between, outside all brackets."""
+    found = _RELATION.findall(text)
+    if not 0 < len(found) <= 20:
+        return [text], []
+    sides, signs = [], []
+    rest = text
+    for sign in found:
+        pieces = split(rest, (sign,))
+        if len(pieces) == 1:
+            continue
+        sides.append(pieces[0].strip())
+        signs.append(sign)
+        rest = sign.join(pieces[1:])
+    return [*sides, rest.strip()], signs
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text names a quantity: x, x_1, f(x), AB, |AB|, a tuple of names."""
+    text = text.strip()
+    inside = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    return bool(_NAME.fullmatch(text)) or ("," in inside and all(_NAME.fullmatch(name.strip()) for name in inside.split(",")))
+
+
+def _is_word(text: str) -> bool:
+    """Whether a text is words and no formula: two letters or more that are no product of variables."""
+    return "\\text" in text or bool(re.fullmatch(r"[A-Za-z .,'-]+", text) and re.search("[A-Za-z]{3}", text))
+
+
+def _names_a_value(left: str) -> bool:
+    """Whether what stands left of '=' only names the answer, as in m + n = 109: not where it is yet to be solved, as in 2x = 10."""
+    if _is_name(left):
+        return True
+    letters = set(re.findall(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", left)))
+    return not letters or (len(letters) > 1 and "^" not in left)
+
+
+def _unnamed(text: str, other: str) -> str | None:
+    """The value in an equation that names one, the last of a chain; None where there is no such equation."""
+    sides, signs = _sides(text)
+    if "\\approx" in signs and len(signs) > 0:
+        end = signs.index("\\approx")
+        if end > 0 or not _is_name(sides[0]):
+            sides, signs = sides[: end + 1], signs[:end]
+    if not signs:
+        return sides[0] if len(sides) == 1 and sides[0] != text else None
+    if not set(signs) <= {"=", "\\approx", "\\in", "\\equiv"} or not _names_a_value(sides[0]):
+        return sides[0] if set(signs) == {"="} and len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else None
+    return sides[0] if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else sides[-1]
+
+
+def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str, list[str], list[str]]) -> bool:
+    """Whether two answers, of which one at least is a relation, are equal: names aside, both ways round, and to a factor."""
+    (gold_text, gold_sides, gold_signs), (text, sides, signs) = gold, prediction
+    gold_value, value = _unnamed(gold_text, text), _unnamed(text, gold_text)
+    if not gold_signs or not signs:
+        one, other = (gold_text, value) if not gold_signs else (gold_value, text)
+        if one is None or other is None or (one, other) == (gold_text, text):
+            return False
+        a, b = _form(plain(one)), _form(plain(other))
+        return _same(a, b, _Budget(50))
+    if gold_value is not None and value is not None and _is_name(gold_sides[0]) and _is_name(sides[0]):
+        if key(gold_sides[0]) == key(sides[0]):
+            return _same(_form(gold_value), _form(value), _Budget(50))
+        if gold_value in gold_sides[1:] and value in sides[1:] and len(gold_sides) == len(sides) == 2:
+            swapped = key(gold_sides[0]) == key(sides[1]) and key(gold_sides[1]) == key(sides[0])
+            return swapped or _proportional(gold_sides, gold_signs, sides, signs)
+    if len(sides) > 2 and len(gold_sides) == 2 and value is not None and gold_value is not None:
+        return key(gold_sides[0]) == key(sides[0]) and _same(_form(gold_value), _form(value), _Budget(50))
+    if len(sides) != len(gold_sides):
+        return False
+    if signs == gold_signs and all(_same_side(a, b) for a, b in zip(gold_sides, sides, strict=True)):
+        return True
+    flipped = [_FLIPPED.get(sign) for sign in signs[::-1]]
+    if flipped == gold_signs and all(_same_side(a, b) for a, b in zip(gold_sides, sides[::-1], strict=True)):
+        return True
+    return len(sides) == 2 and _proportional(gold_sides, gold_signs, sides, signs)
+
+
+def _same_side(a: str, b: str) -> bool:
+    return bool(a and b) and (key(a) == key(b) or _same_one(a, b))
+
+
+def _proportional(gold_sides: list[str], gold_signs: list[str], sides: list[str], signs: list[str]) -> bool:
+    if gold_signs[0] not in _FLIPPED or signs[0] not in _FLIPPED:
+        return False
+    factor = symbolic.proportional((gold_sides[0], gold_sides[1]), (sides[0], sides[1]))
+    wanted = signs[0] if factor > 0 else _FLIPPED[signs[0]]
+    return factor != 0 and wanted == gold_signs[0]

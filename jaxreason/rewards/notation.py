@@ -1,0 +1,327 @@
+r"""What an answer says: LaTeX and plain text brought to one spelling, then parted into numbers, tuples, sets and intervals.
+
+`plain` removes what changes nothing (spacing, `\left`, fonts, currency signs) and spells the rest one way; `read` parts the
+result at its outermost commas and brackets. What the parts mean is for `jaxreason.rewards.math`, and symbols are for
+math-verify: nothing here knows algebra, executes anything, or imports sympy.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+_UNICODE = {
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ",
+    "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "°": r"^{\circ}", "√": r"\sqrt ", "…": r"\ldots ",
+    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "⅛": r"\frac{1}{8}",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "，": ",", "。": ".", "；": ";", "：": ":", "（": "(", "）": ")", "’": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+}  # fmt: skip
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]{1,20}")
+
+_GROUPING_COMMA = re.compile(
+    r",(?:\\[!,]|\{\})\s*(?=[0-9])|\{,\}\s*|(?<=[0-9])\\[,:]?,\s*(?=[0-9]{3})|(?<=[0-9])\\[, ](?=[0-9]{3})"
+)
+_SPACING = re.compile(
+    r"\\[!,;:> ]|\\(?:q?quad|hspace\{[^{}]*\}|displaystyle|textstyle|limits|nonumber|thinspace|enspace|smallskip)(?![A-Za-z])|[~\s]"
+)
+_SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|m?left|m?right)(?![A-Za-z])\.?")
+_SYNONYMS = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne",
+    "lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
+    "lparen": "(", "rparen": ")", "varnothing": "emptyset", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots",
+    "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":", "bmatrix": "pmatrix", "degree": r"^{\circ}", "ast": "*",
+    "simeq": "approx", "infin": "infty", "land": ",", "lor": ",", "vee": ",", "wedge": ",", "to": "rightarrow", "exponentialE": "e",
+    "mathrm": "text", "mathbf": "text", "textbf": "text", "textit": "text", "textrm": "text", "mbox": "text", "texttt": "text",
+    "textsf": "text", "mathit": "text", "mathsf": "text", "emph": "text", "bf": "", "rm": "", "boldsymbol": "text", "bm": "text",
+    "hbox": "text", "textnormal": "text", "mathcal": "text", "operatorname": "text", "euro": "", "pounds": "", "textdollar": "",
+}  # fmt: skip
+_COMMAND = re.compile(r"\\([A-Za-z]+)\*?\s*(?=(.?))", re.DOTALL)
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_AND = re.compile(r"(?:^|(?<=[\s,;0-9)}\]]))\s*,?\s*(?<![A-Za-z])(?:and|or)(?![A-Za-z])\s*(?=\S)", re.IGNORECASE)
+_DEGREES = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\}\s*)(?:\s*[CF](?![A-Za-z]))?|\s*\\circ$")
+_PERCENT = re.compile(r"\s*(?:\\%|%|\bper ?cent(?:age)?(?: points?)?\b|\bpct\b)", re.IGNORECASE)
+_CURRENCY = re.compile(r"\\?\$|[€£¥₹]|(?<![A-Za-z])(?:Rs\.?|USD|EUR|GBP|US)(?=\s{0,3}[0-9$])|(?<=[0-9])\s{0,3}(?:USD|EUR|GBP)\b")
+_FRAC = re.compile(r"\\frac\s*(?:([0-9A-Za-z])|(?=\{))")
+_SQRT = re.compile(r"\\sqrt\s*(?:(\\[A-Za-z]+|[0-9]+|[A-Za-z])(?![0-9])|(?=[\[{(]))")
+_POWER = re.compile(r"\^\s*([0-9A-Za-z])")
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore|approximately|about|exactly|roughly|around|only|a total of|(?:the )?(?:final )?answer (?:is|:)|"
+    r"answer:)[\s,]*)+(?=\S)",
+    re.IGNORECASE,
+)
+_FUNCTIONS = frozenset(
+    (
+        "sin cos tan cot sec csc log ln exp sqrt abs arcsin arccos arctan sinh cosh tanh "
+        "pi infinity inf oo or and mod if for max min"
+    ).split()
+)
+_UNIT_TAIL = re.compile(
+    r"(?P<unit>(?:(?<=[0-9A-Za-z)}%!\s])\s*\\text\{[^{}]*\}|(?<=[0-9)}%!\s])\s+[A-Za-z][A-Za-z.]*)(?:\s*(?:/|\\text\{[^{}]*\}|\s+[A-Za-z][A-Za-z.]*))*)"
+    r"(?:\s*\^\s*\{?(?P<power>[-0-9]{1,2})\}?)?$"
+)
+_GLUED_UNIT = re.compile(
+    r"(?<=[0-9])(?P<unit>cm|mm|km|kg|mg|ml|mL|mph|ft|hrs?|mins?|secs?|kmph|lbs?|gal|yd)(?:\^\{?(?P<power>[23])\}?)?$"
+)
+UNITS = {
+    "km": ("m", 1000), "kilometer": ("m", 1000), "m": ("m", 1), "meter": ("m", 1), "metre": ("m", 1), "cm": ("m", "0.01"),
+    "centimeter": ("m", "0.01"), "mm": ("m", "0.001"), "millimeter": ("m", "0.001"), "kg": ("g", 1000), "kilogram": ("g", 1000),
+    "g": ("g", 1), "gram": ("g", 1), "mg": ("g", "0.001"), "hour": ("s", 3600), "hr": ("s", 3600), "minute": ("s", 60),
+    "min": ("s", 60), "second": ("s", 1), "sec": ("s", 1), "s": ("s", 1), "day": ("s", 86400), "week": ("s", 604800),
+    "l": ("l", 1), "liter": ("l", 1), "litre": ("l", 1), "ml": ("l", "0.001"), "milliliter": ("l", "0.001"),
+    "ft": ("in", 12), "foot": ("in", 12), "feet": ("in", 12), "inch": ("in", 1), "inche": ("in", 1), "yard": ("in", 36),
+    "dollar": ("dollar", 1), "cent": ("dollar", "0.01"),
+}  # fmt: skip
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """An answer parted at its outermost level. `brackets` are those of a tuple or interval, as '(]'."""
+
+    kind: Literal["one", "list", "set", "tuple", "matrix", "union"]
+    text: str
+    parts: tuple[Form, ...] = ()
+    brackets: str = ""
+
+
+def plain(text: str) -> str:
+    """One spelling of an answer: of LaTeX, of plain text, of Unicode."""
+    text = _ascii(text)
+    text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text) if "begin" not in text else text  # a command with its backslash doubled
+    text = text.replace("\\\\", "\\cr ") if "begin" in text else text  # a matrix's end of row, which is no space
+    text = text.replace("\\$", "$")
+    text = _GROUPING_COMMA.sub(",", text)
+    text = _SIZE.sub("", text).replace("\\right.", "").replace("\\left.", "")
+    text = _COMMAND.sub(lambda match: _spelling(match[1], following=match[2]), text)
+    text = re.sub(r"\\(?:begin|end)\{[bp]?matrix\}", lambda match: match[0].replace("{b", "{").replace("{p", "{"), text)
+    if "\\begin" in text:
+        text = re.sub(r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{matrix}", text).replace("\\end{array}", "\\end{matrix}")
+        text = re.sub(r"[(\[]\s*\\begin\{matrix\}", r"\\begin{matrix}", text)
+        text = re.sub(r"\\end\{matrix\}\s*[)\]]", r"\\end{matrix}", text)
+    text = _TEXT.sub(lambda match: _AND.sub(" , ", match[1]) if _AND.fullmatch(match[1] + "x") else match[0], text)
+    text = _TEXT.sub(lambda match: ", " if match[1].strip(" ,").lower() in {"and", "or"} else match[0], text)
+    text = _PERCENT.sub("%", _TEXT.sub(lambda match: "%" if _PERCENT.fullmatch(match[1]) else match[0], text))
+    text = re.sub(r"\\text\{\s*\}", "", _CURRENCY.sub("", text))
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", text):
+        text = re.sub(
+            r"(?<=[0-9}])\s*(?:\\text\{\s*degrees?\s*\}|degrees?\b)(?:\s*(?:Celsius|Fahrenheit))?", "", _DEGREES.sub("", text)
+        )
+    else:
+        text = re.sub(r"([0-9.]+)\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"{(\\frac{\1\\pi}{180})}", text)
+    text = re.sub(
+        r"\^\s*\{?\s*\\text\{(?:st|nd|rd|th)\}\s*\}?|(?<=[0-9])(?:st|nd|rd|th)\b|(?<=[0-9])\s*\\text\{(?:st|nd|rd|th)\}", "", text
+    )
+    text = _SPACING.sub(" ", text)
+    text = _unwrapped(re.sub(r" {2,}", " ", text).strip())
+    text = re.sub(r"^\\text\{([^{}]*)\b(?:is|are)\b:?\s*\}", "", text)
+    text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = text.removeprefix("\\approx").lstrip()
+    text = _arguments_braced(text)
+    text = re.sub(r"(?<=[\s0-9)}\],])(?<![A-Za-z]),?\s*(?:and|or)(?![A-Za-z])\s*", ", ", text)
+    return text.strip().rstrip(".").rstrip(",;").strip() if not re.fullmatch(r".*[0-9]\.", text) else text[:-1].strip()
+
+
+def key(text: str) -> str:
+    """What two spellings of one text share: no white space but between words or numbers, no fonts, words in small letters."""
+    text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text))
+    text = re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)
+    return re.sub(r"(?<!\\)\b[A-Za-z]{3,}\b", lambda word: word[0].lower(), text).strip(" .,;")
+
+
+def without_unit(text: str) -> tuple[str, str]:
+    """A quantity as (what stands before its unit, the unit in small letters without a plural s); the unit may be ''."""
+    modulus = re.search(r"\s*\(?\\pmod\s*\{?([0-9A-Za-z]{1,9})\}?\)?$", text)
+    if modulus is not None:
+        return text[: modulus.start()], f"mod {modulus[1]}"
+    match = _UNIT_TAIL.search(text) or _GLUED_UNIT.search(text)
+    if match is None or not re.search("[0-9A-Za-z)}]", text[: match.start()]):
+        return text, ""
+    unit = " ".join(_TEXT.sub(r" \1 ", match["unit"]).split())
+    words = re.findall("[A-Za-z]+", unit)
+    bare = "\\text" not in match["unit"]
+    if any(word.lower() in _FUNCTIONS for word in words) or (bare and _is_letters(words, before=text[: match.start()])):
+        return text, ""
+    unit = unit.lower().strip(" .")
+    unit = unit[:-1] if len(unit) > 2 and unit.endswith("s") else unit
+    return text[: match.start()].strip(), unit + (f"^{match['power']}" if match["power"] else "")
+
+
+def _is_letters(words: list[str], *, before: str) -> bool:
+    """Whether words after a number are variables rather than a unit: single letters, or anything after no number."""
+    return all(len(word) == 1 for word in words) or not re.search(r"[0-9)}%!]\s*$", before)
+
+
+def read(text: str, *, depth: int = 0) -> Form:
+    """The parts of a text in `plain` spelling; a text that is one thing, or nested too deep, is itself."""
+    text = text.strip()
+    if depth > 6 or len(text) > 20_000:
+        return Form("one", text)
+    cups = split(text, ("\\cup",))
+    if len(cups) > 1:
+        return Form("union", text, tuple(read(part, depth=depth + 1) for part in cups))
+    matrix = re.fullmatch(r"\\begin\{matrix\}((?:(?!\\begin|\\end).)*)\\end\{matrix\}", text, re.DOTALL)
+    if matrix:
+        rows = [row.strip() for row in matrix[1].split("\\cr")]
+        rows = [row for row in rows if row]
+        cells = tuple(Form("tuple", row, tuple(read(cell, depth=depth + 1) for cell in row.split("&"))) for row in rows)
+        return Form("matrix", text, cells)
+    semicolons = split(text, (";",))
+    if len(semicolons) > 1:
+        groups = [split(part, (",",)) for part in semicolons]
+        kind = "tuple" if all(len(group) > 1 for group in groups) else "one"
+        return Form("list", text, tuple(_group(part, kind, depth=depth) for part in semicolons))
+    commas = _split_commas(text)
+    if len(commas) > 1:
+        return Form("list", text, tuple(read(part, depth=depth + 1) for part in commas))
+    inside = enclosed(text, "\\{", "\\}") or (enclosed(text, "{", "}") if _split_commas(text[1:-1])[1:] else None)
+    if inside is not None:
+        return Form("set", text, tuple(read(part, depth=depth + 1) for part in _elements(inside) if part.strip()))
+    if text in {"\\emptyset", "\\emptyset{}"}:
+        return Form("set", text)
+    brackets = _enclosing(text)
+    if brackets:
+        parts = _elements(text[1:-1])
+        if len(parts) > 1:
+            return Form("tuple", text, tuple(read(part, depth=depth + 1) for part in parts), brackets)
+        if brackets == "()" and text[1:-1].strip():
+            return read(text[1:-1], depth=depth + 1)
+    if enclosed(text, "{", "}"):
+        return read(text[1:-1], depth=depth + 1)
+    return Form("one", text)
+
+
+def split(text: str, separators: tuple[str, ...]) -> list[str]:
+    """The pieces of a text between separators that stand in no bracket."""
+    pieces, level, start, place = [], 0, 0, 0
+    while place < len(text):
+        if text[place] in _OPEN:
+            level += 1
+        elif text[place] in _CLOSE:
+            level -= 1
+        elif level == 0:
+            found = next((sep for sep in separators if text.startswith(sep, place)), None)
+            if found is not None:
+                pieces.append(text[start:place])
+                place += len(found)
+                start = place
+                continue
+        place += 2 if text[place] == "\\" and place + 1 < len(text) and text[place + 1] not in "{}[]()" else 1
+    return [*pieces, text[start:]]
+
+
+def enclosed(text: str, opening: str, closing: str) -> str | None:
+    """What stands between `opening` at a text's start and its own `closing` at its end; None where that is not its form."""
+    if not (text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing)):
+        return None
+    level = 0
+    for place, letter in enumerate(text):
+        if letter in _OPEN:
+            level += 1
+        elif letter in _CLOSE:
+            level -= 1
+            if level == 0 and place < len(text) - 1:
+                return None
+    return text[len(opening) : -len(closing)] if level == 0 else None
+
+
+def _enclosing(text: str) -> str:
+    if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
+        return ""
+    level = 0
+    for place, letter in enumerate(text):
+        level += (letter in _OPEN) - (letter in _CLOSE)
+        if level == 0 and place < len(text) - 1:
+            return ""
+    return text[0] + text[-1] if level == 0 else ""
+
+
+def _elements(inside: str) -> list[str]:
+    semicolons = split(inside, (";",))
+    return semicolons if len(semicolons) > 1 else _split_commas(inside)
+
+
+def _group(part: str, kind: str, *, depth: int) -> Form:
+    if kind == "one":
+        return read(part, depth=depth + 1)
+    return Form("tuple", part, tuple(read(piece, depth=depth + 1) for piece in split(part, (",",))), "()")
+
+
+def _split_commas(text: str) -> list[str]:
+    """The pieces between commas, those of thousands left in their number: 1,234 is one and 1, 234 is two."""
+    pieces = split(text, (",",))
+    if len(pieces) == 1 or re.fullmatch(r"[-+]?\s*0,[0-9]{3,}", text.strip()):
+        return [text]
+    kept = [pieces[0]]
+    for piece in pieces[1:]:
+        before = re.search(r"(?:^|[^0-9.,])[0-9]{1,3}(?:,[0-9]{3})*$", kept[-1])
+        if before and re.match(r"[0-9]{3}(?![0-9])", piece) and not re.search(r"(?:^|[^0-9,])0[0-9,]*$", kept[-1]):
+            kept[-1] += "," + piece
+        else:
+            kept.append(piece)
+    return kept
+
+
+def _ascii(text: str) -> str:
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(_POWERS) + "}", text)
+    text = re.sub(
+        "[−–—×·⋅÷π∞≤≥⩽⩾≠≈±∓∪∩∅∈°√…αβγθλφω½¼¾⅓⅔⅛ℝℤℕ⟨⟩，。；：（）’\u00a0\u2009\u202f]", lambda match: _UNICODE[match[0]], text
+    )
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)
+
+
+def _spelling(command: str, *, following: str) -> str:
+    new = _SYNONYMS.get(command, command)
+    return f"\\{new}" + (" " if following.isalnum() else "") if new.isalpha() else new
+
+
+def _unwrapped(text: str) -> str:
+    """The text without a font, a box or braces around the whole of it."""
+    for _ in range(8):
+        match = re.fullmatch(r"\\(?:text|[fb]?box(?:ed)?)\s*(\{.*\})", text, re.DOTALL)
+        inside = enclosed(match[1], "{", "}") if match else None
+        if inside is None:
+            break
+        text = inside.strip()
+    return text
+
+
+def _arguments_braced(text: str) -> str:
+    r"""\frac43, \frac{1}2, \sqrt3, x^2 and sqrt(2) with the braces that they leave out."""
+    text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|exp|sin|cos|tan|ln|log|infinity|inf|oo)(?![a-z])", _plain_function, text)
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*\{", r"\\frac{\1}{", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9A-Za-z])", r"\1{\2}", text)
+    text = re.sub(r"\\frac\s*(?=\{)", r"\\frac", text)
+    text = _SQRT.sub(lambda match: f"\\sqrt{{{match[1]}}}" if match[1] else "\\sqrt", text)
+    text = text.replace("**", "^")
+    for opening in ("\\sqrt(", "^("):
+        text = _parentheses_to_braces(text, opening)
+    return re.sub(r"_\{([0-9A-Za-z])\}", r"_\1", _POWER.sub(r"^{\1}", text))
+
+
+def _plain_function(match: re.Match[str]) -> str:
+    return {"infinity": "\\infty ", "inf": "\\infty ", "oo": "\\infty ", "pi": "\\pi "}.get(match[1], "\\" + match[1])
+
+
+def _parentheses_to_braces(text: str, opening: str) -> str:
+    for _ in range(20):
+        start = text.find(opening)
+        if start < 0:
+            break
+        level, first = 0, start + len(opening) - 1
+        for place in range(first, len(text)):
+            level += (text[place] == "(") - (text[place] == ")")
+            if level == 0:
+                text = text[:first] + "{" + text[first + 1 : place] + "}" + text[place + 1 :]
+                break
+        else:
+            break
+    return text
