@@ -22,17 +22,22 @@ from jaxreason.types import Completion, Problem, Reward, StopReason
 
 SHOWN = 10  # bad rows that are printed; the file of results has all
 NAME = "problem_id"
+FAILED = "the rule failed on it by "
+RAISED = f"{FAILED}error: "
 CHUNK = 256  # rows that are scored before their results are written
 
 
 def run(given: argparse.Namespace) -> int:
     rule = make_rule(given.rule, settings(given.settings, "rule"))
+    if not given.file.is_file():
+        raise ValueError(f"there is no file '{given.file}': give a .jsonl, .jsonl.gz or .parquet file")
     out = given.out or given.file.with_name(given.file.name.removesuffix(".gz").removesuffix(".jsonl") + ".graded.jsonl")
     if out.resolve() == given.file.resolve():
         raise ValueError(f"--out is '{out}', which is the file of completions: give another")
     columns = {"question": given.question, "answer": given.answer, "completion": given.completion}
     rewards: list[Reward] = []
     bad: list[str] = []
+    raised: set[str] = set()
     lines = iter(read_file(given.file))
     chunk = list(islice(lines, CHUNK))  # before the results' file is made
     if not chunk:
@@ -44,6 +49,8 @@ def run(given: argparse.Namespace) -> int:
                 for line, (row, reward) in zip(chunk, _grade(chunk, pool, columns), strict=True):
                     if reward is None:
                         bad.append(f"{line.where}: {row['wrong']}")
+                        if row["wrong"].startswith(RAISED):
+                            raised.add(row["wrong"].removeprefix(RAISED))
                     else:
                         rewards.append(reward)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -52,6 +59,8 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError(f"--out is '{out}', which cannot be written ({error.strerror}): give another file") from None
     seconds = time.perf_counter() - began
     console = Console(soft_wrap=True, highlight=False)
+    if not rewards and len(raised) == 1:  # the rule's settings are wrong, not the rows
+        raise ValueError(f"{given.rule} fails on every row: {raised.pop()}")
     for sentence in bad[:SHOWN]:
         console.print(visible(sentence), markup=False)
     if len(bad) > SHOWN:
@@ -59,6 +68,11 @@ def run(given: argparse.Namespace) -> int:
     if not rewards:
         raise ValueError(f"'{given.file}' has no row that could be scored ({len(bad)} bad): see --question, --answer, --completion")
     console.print(_table(rewards))
+    for name in dict.fromkeys(name for reward in rewards for name in reward.parts):
+        if all(reward.parts.get(name) is None for reward in rewards):
+            console.print(
+                f"'{name}' applies to no row: the rule cannot read their answers, or lacks what it reads of their metadata"
+            )
     console.print(f"{len(rewards)} completions scored by {given.rule} in {seconds:.1f} s, {len(bad)} bad rows", markup=False)
     console.print(f"Results: {out}", markup=False)
     return DONE
@@ -83,7 +97,7 @@ def _grade(lines: Sequence[Row], pool: Pool, columns: dict[str, str]) -> list[tu
         (outcome,) = outcomes.values()
         rewards[place] = outcome.reward
         if outcome.reward is None:
-            told[place]["wrong"] = f"the rule failed on it by {outcome.failure}: {outcome.detail}"
+            told[place]["wrong"] = f"{FAILED}{outcome.failure}: {outcome.detail}"
         else:
             told[place]["reward"] = {"total": outcome.reward.total, **outcome.reward.parts}
     return list(zip(told, rewards, strict=True))

@@ -98,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
 
     _rewards(command)
     command("configs", "List the shipped configs with their first line.", "jaxreason configs")
+    command("tasks", "List the tasks that a config or a command can name, with their settings.", "jaxreason tasks")
+    command("rules", "List the rules on text that a config or a command can name, with their settings.", "jaxreason rules")
     return top
 
 
@@ -112,8 +114,10 @@ def _evaluate(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     evaluate.add_argument("model", type=Path, metavar="D", help="a run's folder, or a Hugging Face folder")
     evaluate.add_argument("--config", metavar="F", help="a config that says how a Hugging Face folder's model is asked and scored")
-    evaluate.add_argument("--task", metavar="NAME", help="the task whose held-out problems are answered, instead of the config's")
-    evaluate.add_argument("--rule", metavar="NAME", default="", help="the rule of its accuracy (by default the task's own)")
+    evaluate.add_argument("--task", metavar="NAME", help="the task whose held-out problems are answered, one of `jaxreason tasks`")
+    evaluate.add_argument(
+        "--rule", metavar="NAME", default="", help="the rule of its accuracy, one of `jaxreason rules` (by default the task's own)"
+    )
     evaluate.add_argument("--samples", type=int, metavar="N", help="sample N completions of each problem")
     evaluate.add_argument("--greedy", action="store_true", help="with --samples: one greedy completion of each as well")
     evaluate.add_argument("--temperature", type=float, metavar="T", help="of the samples (by default the config's)")
@@ -132,10 +136,12 @@ def _rewards(command: Callable[..., argparse.ArgumentParser]) -> None:
     play = command(
         "play",
         "Answer a task's problems yourself, and see the reward of what you type and its parts.",
-        "jaxreason play word_problems --task.max_changes=2",
+        "jaxreason play word_problems --task.max_changes=2\n  jaxreason play mbpp --task.data_dir=FOLDER",
     )
-    play.add_argument("task", metavar="TASK", help="a task's name")
-    play.add_argument("--rule", metavar="NAME", default="", help="the rule that scores (by default the task's own)")
+    play.add_argument("task", metavar="TASK", help="a task's name (see `jaxreason tasks`)")
+    play.add_argument(
+        "--rule", metavar="NAME", default="", help="the rule that scores, one of `jaxreason rules` (by default the task's own)"
+    )
     play.add_argument("--split", choices=("heldout", "train"), default="heldout", help="which problems (default heldout)")
     play.add_argument("--start", type=int, metavar="N", default=0, help="the number of the first problem (default 0)")
     _limits(play, workers=1)
@@ -146,8 +152,8 @@ def _rewards(command: Callable[..., argparse.ArgumentParser]) -> None:
         "Score a file of completions by a rule: a JSON object a line, such as a run's rollouts.jsonl.",
         "jaxreason grade completions.jsonl --rule math.gsm8k_answer",
     )
-    grade.add_argument("file", type=Path, metavar="FILE", help="a .jsonl or .jsonl.gz file")
-    grade.add_argument("--rule", metavar="NAME", required=True, help="a rule on text, as module.function")
+    grade.add_argument("file", type=Path, metavar="FILE", help="a .jsonl, .jsonl.gz or .parquet file")
+    grade.add_argument("--rule", metavar="NAME", required=True, help="a rule on text (see `jaxreason rules`)")
     for column in ("question", "answer", "completion"):
         grade.add_argument(f"--{column}", metavar="COLUMN", default=column, help=f"the column of the {column} (default {column})")
     grade.add_argument("--out", type=Path, metavar="F", help="the results' file (by default FILE's name with .graded.jsonl)")
@@ -159,7 +165,9 @@ def _rewards(command: Callable[..., argparse.ArgumentParser]) -> None:
         "Find the evaluation problems that share words in a row with training problems.",
         "jaxreason contamination --train train.jsonl --evaluation gsm8k --evaluation.heldout_size=1319 --out overlaps.json",
     )
-    overlap.add_argument("--train", required=True, metavar="FILE|TASK", help="a .jsonl or .jsonl.gz file, or a task's name")
+    overlap.add_argument(
+        "--train", required=True, metavar="FILE|TASK", help="a .jsonl, .jsonl.gz or .parquet file, or a task's name"
+    )
     overlap.add_argument("--evaluation", required=True, metavar="FILE|TASK", help="likewise; of a task its held-out problems")
     overlap.add_argument("--n", type=int, metavar="N", default=13, help="how many words in a row (default 13)")
     overlap.add_argument("--threshold", type=float, metavar="S", default=0.0, help="list shares above this one (default 0)")
@@ -176,7 +184,7 @@ SETTINGS = {
     "grade": ("rule",),
     "contamination": ("train", "evaluation"),
 }
-OWN_FILES = ("evaluate", "play", "grade", "contamination")  # the other commands are in cli/commands.py
+OWN_FILES = ("evaluate", "play", "grade", "contamination", "tasks", "rules")  # the other commands are in cli/commands.py
 
 
 def _limits(command: argparse.ArgumentParser, *, workers: int) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+
 from jaxreason import naming
 from jaxreason.rewards import pool
 from jaxreason.rewards.mixture import ByTask
@@ -42,10 +45,12 @@ def make_task(name: str, words: Words, *, option: str = "--task") -> Task:
 
 def make_rule(name: str, words: Words, *, option: str = "--rule") -> RewardFn:
     """The host rule 'module.function' with its settings."""
-    from jaxreason.rewards.finding import host_rules
+    from jaxreason.rewards.finding import found_rules, host_rules
 
     if name.startswith("traced."):
         raise ValueError(f"{option} is '{name}', which reads tokens inside the train step: name a rule that reads text")
+    if name in found_rules("list[Reward]", "Sequence[Reward]"):
+        raise ValueError(f"{option} is '{name}', which compares the completions of a group: name a rule of one completion")
     function = naming.find(name, host_rules(), key=option)
     return partial(function, **naming.arguments(function, naming.typed(function, words), key=option))
 
@@ -62,6 +67,14 @@ def rule_of(task: Task, name: str, words: Words) -> RewardFn:
     if task.rules:
         return ByTask({part: make_rule(rule, {}) for part, rule in task.rules.items()})
     return make_rule(task.rule, words)
+
+
+def listed(name: str, line: str, settings: Sequence[str]) -> None:
+    """Prints what can be named: what it is, and what can be set of it."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"[bold]{escape(name)}[/bold]\n    {escape(line)}")
+    if settings:
+        console.print(f"    settings: {', '.join(settings)}", markup=False)
 
 
 def limits(given: argparse.Namespace) -> dict[str, Any]:

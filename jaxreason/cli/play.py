@@ -12,6 +12,7 @@ from jaxreason.cli.main import DONE
 from jaxreason.cli.named import NoTokens, limits, make_task, rule_of, settings
 from jaxreason.cli.progress import visible
 from jaxreason.rewards.pool import Pool
+from jaxreason.rewards.table import rows
 from jaxreason.tasks.task import Task
 from jaxreason.types import Completion, Problem, StopReason
 
@@ -33,10 +34,14 @@ def run(given: argparse.Namespace) -> int:
 
     for sentence in task.skipped.told(task.name):
         say(sentence)
-    say(f"Task '{task.name}', scored by {given.rule or task.rule or 'its rules'}. {HELP}")
+    scoring = [given.rule] if given.rule else sorted(set(task.rules.values())) or [task.rule]
+    say(f"Task '{task.name}', scored by {', '.join(scoring)}. {HELP}")
+    for row in rows():
+        if row.name in scoring:
+            say(f"{row.name}: {row.line}")
     with Pool({"rule": rule}, **limits(given)) as pool:
         answered = _play(task, problems, pool, console, say)
-    say(f"{answered} completions scored.")
+    say(f"{answered} completion{'' if answered == 1 else 's'} scored.")
     return DONE
 
 

@@ -143,6 +143,14 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             f"config.sampling.max_prompt_tokens is {config.sampling.max_prompt_tokens}, and every held-out prompt of task "
             f"'{task.name}' is longer: raise it"
         )
+    if source is None:
+        asked = " ".join(message["content"] for message in task.messages(heldout[0]))
+        unknown = [piece for piece in dict.fromkeys(tokenizer.unknown(asked)) if piece]
+        if unknown:
+            raise ValueError(
+                f"the prompts of task '{task.name}' hold {', '.join(map(repr, unknown[:5]))}, which the policy's closed "
+                "vocabulary does not: set prompt to 'as_it_is', or give a checkpoint's folder with --config.model.path=..."
+            )
     task = dataclasses.replace(task, heldout=heldout)
     return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, stop, overlong)
 

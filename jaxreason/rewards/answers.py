@@ -16,29 +16,34 @@ _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t]{0,8}\{|\\[\\{}]|[{}]")
 _BARE_BOX = re.compile(r"\\boxed[ \t]{1,8}([0-9A-Za-z.]{1,40})")
 # a heading in Markdown may begin with four too: then words follow
 _AFTER_HASHES = re.compile(
-    r"####[ \t]{0,8}(?=[-+$\\(\[{|0-9.]|(?:[A-J]|yes|no|true|false)\b\W{0,3}$)([^\n]*)", re.IGNORECASE | re.MULTILINE
+    r"####[ \t]{0,8}(?=[-+−€£$\\(\[{|0-9.]|(?:[A-J]|yes|no|true|false)\b\W{0,3}$)([^\n]*)", re.IGNORECASE | re.MULTILINE
 )
 _ANSWER = re.compile(r"\banswers?\b", re.IGNORECASE)
 _IS = re.compile(
-    r"^(?!\W{1,4}(?:because|since|as)\b)[*_ ]{0,4}(?:[a-z ,']{0,40}?\b(?:is|are|be|equals)\b|:|=)[*_: ]{0,8}", re.IGNORECASE
+    r"^(?!\W{1,4}(?:because|since|as)\b)[*_ ]{0,4}(?:[a-z ,']{0,40}?\b(?:is|are|be|equals)\b|:|=)[*_:} ]{0,8}", re.IGNORECASE
 )
 _SENTENCE_END = re.compile(
     r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bJr)(?<!\bRs)(?:[.?]|(?<![0-9])!)(?=\s|$|\*)|\n|<\|"
 )
+_REASON = re.compile(r"[ ,]\(?(?:since|because|as required|as desired|not|rather than|instead of)\b", re.IGNORECASE)
+_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 _INITIAL = re.compile(r"(?:^|[A-Z]\w{0,30}\.?\s)[A-Z]\.$")  # of a name, as in Henry J. Kaiser
 _SPECIAL = re.compile(r"<\|[^|<>]{0,40}\|>")
 _FORMULA = re.compile(
     r"\$\$((?:[^$\\]|\\.){1,2000}?)\$\$|(?<![\\$])\$((?:[^$\\]|\\.){1,2000}?)\$|\\\[((?:[^\\]|\\[^\]]){1,2000}?)\\\]"
-    r"|\\\(((?:[^\\]|\\[^)]){1,2000}?)\\\)",
+    r"|\\\(((?:[^\\]|\\[^)]){1,2000}?)\\\)"
+    r"|(\\begin\{(?:equation|displaymath|math|align|gather)\*?\}(?:[^\\]|\\(?!end\{|begin\{)){1,2000}\\end\{[a-z]{1,20}\*?\})",
     re.DOTALL,
 )
+_NAME_OF_BOX = re.compile(r"(?<![A-Za-z0-9\\])([A-Za-z](?:_\{?[0-9A-Za-z]\}?)?)\s{0,4}=\s{0,4}$")
 _BETWEEN = re.compile(r"[\s$]|\\[()\[\]]|\\text|\\quad|\\ |[{}]|\b(?:maybe|perhaps|possibly)\b")
 # what stands between two numbers of which a sentence gives one or the other
 OR = re.compile(r"[^.!?\n]{0,60}\b(?:or|maybe|perhaps|possibly)\b[^.!?\n]{0,60}", re.IGNORECASE)
 NOT = re.compile(r"\bnot\s[\s$]{0,4}$", re.IGNORECASE)
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 _NUMBER_SPAN = re.compile(
-    r"(?<![A-Za-z0-9_.])[-+]?[$€£¥]?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?: ?/ ?[0-9]+)?(?: ?%)?"
+    r"(?<![A-Za-z0-9_.])[-+]?[$€£¥]?(?:[0-9]{1,9} (?=[0-9]{1,9}/[0-9]))?"
+    r"(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?: ?/ ?[0-9]+)?(?: ?%)?"
 )
 _LEADING_NUMBER = re.compile(_NUMBER_SPAN.pattern + r"(?:(?=\s{1,4}[A-Za-z]{2,})(?:\s{1,4}(?!and\b|or\b)[A-Za-z]{1,20}){1,3})")
 _TAIL = 8000  # characters of a text without marks that are looked at
@@ -83,10 +88,13 @@ def boxed_answer(text: str) -> str | None:
         return None if bare is None else bare[1]
     kept = deque([found[-1]])
     for before in reversed(found[max(0, len(found) - 50) : -1]):
-        gap = text[before[1] : kept[0][0]]
+        gap = _NAME_OF_BOX.sub("", text[before[1] : kept[0][0]])
         if len(gap) > 40 or _BETWEEN.sub("", gap) not in {",", ";", "and", "or", ",and", ",or", "&"}:
             break
         kept.appendleft(before)
+    names = [_NAME_OF_BOX.search(text[max(0, start - 40) : start]) for start, _, _ in kept] if len(kept) > 1 else [None]
+    if all(names):  # x = \boxed{1} and y = \boxed{2}
+        return ", ".join(f"{name[1]}={content}" for name, (_, _, content) in zip(names, kept, strict=True) if name)
     return ", ".join(dict.fromkeys(content for _, _, content in kept))
 
 
@@ -115,6 +123,8 @@ def stated_answer(text: str) -> str | None:
         if end is None and most < len(plain):
             return ""  # a sentence that long commits to nothing
         said = rest[:end]
+        reasons = (reason.start() for reason in _REASON.finditer(_without_formulas(said)))
+        said = said[: next((place for place in reasons if said[:place].strip(" *_,")), len(said))]
         if said.strip(" *_`\"'"):
             return said.strip(" *_`\"'")
     return None
@@ -138,8 +148,8 @@ def find_answer(text: str) -> str | None:
     """The mathematical answer that a completion commits to, as it is written there; None where it gives none."""
     marked = marked_answer(text)
     if marked is None:
-        return _in_sentence(_SPECIAL.sub(" ", after_thinking(text)))
-    return (marked or None) if boxes(after_thinking(text)) else _in_sentence(marked)
+        return _in_sentence(_SPECIAL.sub(" ", after_thinking(text)), marked=False)
+    return (marked or None) if boxes(after_thinking(text)) else _in_sentence(marked, marked=True)
 
 
 def find_reference(text: str) -> str | None:
@@ -154,20 +164,29 @@ def find_reference(text: str) -> str | None:
     return text.strip() or None
 
 
-def _in_sentence(text: str) -> str | None:
-    """The answer in a text without marks: the text itself where it is one, else what it says last, a formula or a number."""
-    text = text[-_TAIL:].strip(" \t\n*_").rstrip(".!").strip(" \t\n*_")
+def _in_sentence(text: str, *, marked: bool) -> str | None:
+    """The answer in a text: the text itself where it is one, else what it says last, a formula or a number.
+
+    A number that begins what a mark says is the answer (18 eggs in 2 days); without a mark, only where it is the only one.
+    """
+    text = text[-_TAIL:].strip(" \t\n")
+    line = text[text.rfind("\n") + 1 :]
+    bold = [span[1] for span in _BOLD.finditer(line) if _is_value(span[1])]
+    text = (
+        (bold[0] if len(bold) == 1 and not (OR.search(line) or NOT.search(line[: line.find("**")])) else text)
+        .strip(" \t\n*_")
+        .rstrip(".!")
+        .strip(" \t\n*_")
+    )
     if not text:
         return None
     formulas = _formulas(text)
     if not formulas and (_is_bare(text) or not re.search("[0-9]", text)):
         return text
-    leading = _LEADING_NUMBER.match(text)
-    if leading is not None and not OR.match(
-        text, leading.end()
-    ):  # 18 eggs: what words follow is for the reader of notation to tell, as units
-        return leading[0]
     numbers = [(at.start(), at.end(), at[0]) for at in deque(_NUMBER_SPAN.finditer(_without_formulas(text)), maxlen=50)]
+    leading = _LEADING_NUMBER.match(text) if marked or (len(numbers) == 1 and not formulas) else None
+    if leading is not None and not OR.match(text, leading.end()):  # what words follow is for the reader of notation, as units
+        return leading[0]
     if formulas and (not numbers or numbers[-1][0] < formulas[-1][1]):
         if NOT.search(text[: formulas[-1][0]]):
             return None
@@ -176,6 +195,12 @@ def _in_sentence(text: str) -> str | None:
     if not numbers or _is_bare(text.replace("$", "")):
         return text
     return None if NOT.search(text[: numbers[-1][0]]) else _joined(text, numbers, ())
+
+
+def _is_value(text: str) -> bool:
+    """Whether a text is one formula or one number, with a unit perhaps."""
+    text = text.strip(" .!")
+    return bool(_FORMULA.fullmatch(text) or _NUMBER_SPAN.fullmatch(text) or _LEADING_NUMBER.fullmatch(text))
 
 
 def _is_bare(text: str) -> bool:

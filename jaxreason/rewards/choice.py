@@ -22,8 +22,10 @@ _FONT = re.compile(
 _LABEL = re.compile(r"\s{0,8}[\[(]?([A-J])\s?[).:\]]\s{0,8}")
 _LETTER = r"(?:[\[(]\s?(?P<a>[A-J])\s?[\])]|(?P<b>[A-J])(?![A-Za-z0-9'+*/^=-]))"
 # 'A' and 'I' before a word are words themselves
-_BEGINS = re.compile(rf"\W{{0,4}}(?:(?:option|choice|answer)\W{{1,4}})?{_LETTER}(?!(?<=[AI])\s+[a-z])")
-_NAMED = re.compile(rf"\b(?:option|choice|answer)s?(?:\s+(?:is|be)|:)?\s*:?\s*{_LETTER}(?!(?<=[AI])\s+[a-z])", re.IGNORECASE)
+_BEGINS = re.compile(rf"\W{{0,4}}(?:(?i:option|choice|answer)\W{{1,4}})?{_LETTER}(?!(?<=[AI])\s+[a-z])")
+_NAMED = re.compile(
+    rf"\b(?:option|choice|answer|choose|pick|select)s?(?:\s+(?:is|be)|:)?\s*:?\s*{_LETTER}(?!(?<=[AI])\s+[a-z])", re.IGNORECASE
+)
 _PRAISED = re.compile(rf"{_LETTER}[^A-Za-z\n]{{0,4}}\bis\s+(?:the\s+)?(?:correct|right|best|true)\b")
 _BRACKETED = re.compile(r"\(([A-J])\)")
 _JOINING = r"(?:(?:or|and|but|also|maybe|perhaps|possibly|either|both|option|choice|answer)\b)"

@@ -8,10 +8,9 @@ them, or words, and are decided here without sympy; what has symbols goes to `sy
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
-from jaxreason.rewards import exact, symbolic
-from jaxreason.rewards.notation import UNITS, Form, key, plain, read, split, without_unit
+from jaxreason.rewards import exact, quantities, symbolic
+from jaxreason.rewards.notation import Form, key, plain, read, split, without_unit
 
 _LONGEST = 4000  # characters of an answer that are read; a longer one is right only where it is the reference itself
 _PAIRS = 400  # of parts that one comparison looks at
@@ -23,8 +22,12 @@ _NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{?[^{}=]{1,20}\}?)?'*(?:\((?:[^()]|\([^()]*\)){1,40}\))?|\|[A-Za-z\\ {}]{1,20}\||\[[A-Z]{2,8}\]"
     r"|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|widehat|vec|mathbb)\s*\{?[A-Za-z]+\}?|\\(?:sin|cos|tan)\s*\\?[A-Za-z]+"
 )
-_BASE = re.compile(r"([0-9A-Za-z]+)_\{?\s*(?:\\text\{)?\s*(?:base\s*)?([0-9]{1,2}|[a-z]+)\s*\}?\}?")
-_BASES = {name: base for base, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
+_BUILDER = re.compile(
+    r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||:)((?:(?!\\in)[^{}:|])*(?:[<>]|\\[lg]e)(?:(?!\\in)[^:|])*)\\\}",
+    re.DOTALL,
+)
+_PARTED = re.compile(r":.*:|:0+$")  # a ratio of three, or a time of day
+_FUNCTION = re.compile(r"([A-Za-z]+)\(([A-Za-z])\)")
 
 
 def equal(gold: str, prediction: str, *, limit_seconds: float = 3.0) -> bool:
@@ -74,10 +77,11 @@ class _Budget:
 
 def _form(text: str) -> Form:
     """The form of an answer, its plus-minus written out and the names of its unknowns left where they are."""
-    form = read(text)
-    if form.kind == "list":
+    builder = _BUILDER.fullmatch(text)
+    form = read(builder[2] if builder else text)
+    if form.kind in {"list", "set"}:
         parts = tuple(part for piece in form.parts for part in _both_signs(piece))
-        return Form("list", form.text, parts)
+        return Form(form.kind, form.text, parts)
     if form.kind == "one":
         signs = _both_signs(form)
         return Form("list", form.text, signs) if len(signs) > 1 else form
@@ -104,6 +108,9 @@ def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
         return same_names and all(_same(value, named[1][name], budget) for name, value in named[0].items())
     if kinds == ("one", "one"):
         return _same_one(gold.text, prediction.text)
+    if kinds in {("tuple", "matrix"), ("matrix", "tuple")}:
+        gold, prediction = _as_vector(gold), _as_vector(prediction)
+        return {gold.brackets, prediction.brackets} <= {"", "()", "[]"} and _in_order(gold, prediction, budget)
     if kinds in {("tuple", "tuple"), ("matrix", "matrix")}:
         round_ones = {gold.brackets, prediction.brackets} <= {"()", "", "[]"} and len(gold.parts) > 2
         alike = gold.brackets == prediction.brackets or "" in (gold.brackets, prediction.brackets) or round_ones
@@ -115,6 +122,8 @@ def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
             for form, by_name in zip((gold, prediction), named, strict=True)
         )
         return {gold.brackets, prediction.brackets} <= {"", "()", "[]"} and _in_order(gold, prediction, budget)
+    if kinds == ("tuple", "set"):
+        return False
     if kinds in {("list", "list"), ("set", "set"), ("list", "set"), ("set", "list"), ("union", "union")}:
         return _in_any_order(_values(gold), _values(prediction), budget) or _in_any_order(gold, prediction, budget)
     if "one" in kinds and ("list" in kinds or "set" in kinds):
@@ -193,6 +202,9 @@ def _values(form: Form) -> Form:
 def _as_set(form: Form, other: Form) -> Form:
     """An inequality in one unknown as the interval that it is, where the other answer is an interval or a union."""
     interval = (other.kind == "tuple" and len(other.parts) == 2) or other.kind == "union" or _IN.search(form.text + other.text)
+    interval = interval or _two_rays(other) is not None
+    if form.kind == "list" and (both := _two_rays(form)) is not None:
+        return both
     if form.kind == "list" and other.kind == "union":
         parts = tuple(_as_set(part, Form("union", "")) for part in form.parts)
         return Form("union", form.text, parts) if all(part.kind == "tuple" for part in parts) else form
@@ -218,25 +230,59 @@ def _as_set(form: Form, other: Form) -> Form:
     return Form("tuple", form.text, (read(low), read(high)), brackets)
 
 
+def _two_rays(form: Form) -> Form | None:
+    """x > a and x < b as an interval where a < b, and as a union of two where they have nothing in common; None for all else."""
+    if form.kind != "list" or len(form.parts) != 2:
+        return None
+    sides = [_sides(part.text) for part in form.parts]
+    rays = [_as_set(part, Form("union", "")) for part in form.parts]
+    names = {key(side) for (pair, signs) in sides if len(signs) == 1 for side in pair if _is_name(side)}
+    if len(names) != 1 or any(ray.kind != "tuple" or len(ray.parts) != 2 for ray in rays):
+        return None
+    rays.sort(key=lambda ray: ray.parts[1].text == "\\infty")
+    below, above = rays
+    low, high = exact.value(above.parts[0].text), exact.value(below.parts[1].text)
+    if below.parts[0].text != "-\\infty" or above.parts[1].text != "\\infty" or low is None or high is None:
+        return None
+    if low < high:
+        return Form("tuple", form.text, (above.parts[0], below.parts[1]), above.brackets[0] + below.brackets[1])
+    return Form("union", form.text, (below, above))
+
+
+def _as_vector(form: Form) -> Form:
+    """A matrix of one row or one column as the tuple that it is."""
+    if form.kind == "matrix" and len(form.parts) == 1:
+        return Form("tuple", form.text, form.parts[0].parts)
+    if form.kind == "matrix" and all(len(row.parts) == 1 for row in form.parts):
+        return Form("tuple", form.text, tuple(row.parts[0] for row in form.parts))
+    return form
+
+
 def _same_one(gold: str, prediction: str) -> bool:
     """Whether two single answers are equal: numbers, quantities, words, relations, expressions."""
     gold_sides, gold_signs = _sides(gold)
     sides, signs = _sides(prediction)
     if gold_signs or signs:
         return _same_relation((gold, gold_sides, gold_signs), (prediction, sides, signs))
-    if (a := _in_base(gold)) is not None or _BASE.fullmatch(prediction):
-        b = _in_base(prediction)
+    a, b = quantities.in_base(gold), quantities.in_base(prediction)
+    if a is not None or b is not None:
         a = exact.value(gold) if a is None else a
         return a is not None and a == (exact.value(prediction) if b is None else b)
     gold, gold_unit = without_unit(gold)
     prediction, unit = without_unit(prediction)
-    scale = _scale(gold_unit, unit)
-    if scale is None or (gold_unit != unit and gold_unit.startswith("mod ") and unit.startswith("mod ")):
+    scale = quantities.scale(gold_unit, unit)
+    if (
+        scale is None
+        or {gold_unit, unit} == {"am", "pm"}
+        or (gold_unit != unit and gold_unit.startswith("mod ") and unit.startswith("mod "))
+    ):
         return False
-    a, b = _number(gold), _number(prediction)
+    if _PARTED.search(gold) or _PARTED.search(prediction):
+        return quantities.same_ratio(gold.split(":"), prediction.split(":"))
+    a, b = quantities.number(gold), quantities.number(prediction)
     if a is not None and b is not None:
         cents = not gold_unit and unit == "cent" and a == b / 100
-        return cents or _same_number(a, b * scale, gold, prediction)
+        return cents or quantities.same_number(a, b * scale, gold, prediction)
     if key(gold) == key(prediction):
         return scale == 1
     if scale != 1 or _is_word(gold) or _is_word(prediction):
@@ -248,48 +294,6 @@ def _same_one(gold: str, prediction: str) -> bool:
             return True
     percents = gold.endswith("%"), prediction.endswith("%")
     return symbolic.equal(gold.rstrip("%"), prediction.rstrip("%")) if any(percents) else symbolic.equal(gold, prediction)
-
-
-def _number(text: str) -> Fraction | None:
-    """The value of a number or of a ratio of two, without its percent sign."""
-    sides = text.split(":")
-    if len(sides) == 2:
-        a, b = (exact.value(side) for side in sides)
-        return a / b if a is not None and b else None
-    return exact.value(text.removesuffix("%").strip())
-
-
-def _same_number(a: Fraction, b: Fraction, gold: str, prediction: str) -> bool:
-    """Whether two values are equal exactly; 50% is 50 and 1/2, and 0.333333, with six places or more, is 1/3."""
-    if a == b:
-        return True
-    percents = gold.endswith("%"), prediction.endswith("%")
-    if percents == (True, False) and a == 100 * b or percents == (False, True) and 100 * a == b:
-        return True
-    for decimal, whole, text, other in ((a, b, gold, prediction), (b, a, prediction, gold)):
-        places = exact.decimal_places(text)
-        if places is not None and places >= 6 and re.search(r"/|\\frac|overline", other):
-            return abs(decimal - whole) <= Fraction(1, 2 * 10**places)
-    return False
-
-
-def _scale(gold: str, prediction: str) -> Fraction | None:
-    """What a quantity in the one unit is multiplied by to be in the other: 1 unless both are known; None if they measure
-    different things."""
-    a, b = UNITS.get(gold), UNITS.get(prediction)
-    if a is None or b is None or gold == prediction:
-        return Fraction(1)
-    return Fraction(b[1]) / Fraction(a[1]) if a[0] == b[0] else None
-
-
-def _in_base(text: str) -> Fraction | None:
-    """The value of 204_5; None where the text is no such number."""
-    match = _BASE.fullmatch(text)
-    if match is None or not re.search("[0-9]", match[1]):
-        return None
-    base = int(match[2]) if match[2].isdigit() else _BASES.get(match[2], 0)
-    number = exact.in_base(match[1], base)
-    return None if number is None else Fraction(number)
 
 
 def _sides(text: str) -> tuple[list[str], list[str]]:
@@ -323,10 +327,11 @@ def _is_word(text: str) -> bool:
 
 def _names_a_value(left: str) -> bool:
     """Whether what stands left of '=' only names the answer, as in m + n = 109: not where it is yet to be solved, as in 2x = 10."""
-    if _is_name(left):
-        return True
-    letters = set(re.findall(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", left)))
-    return not letters or (len(letters) > 1 and "^" not in left)
+    return _is_name(left) or len(_letters(left)) != 1
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
 
 
 def _unnamed(text: str, other: str) -> str | None:
@@ -340,6 +345,9 @@ def _unnamed(text: str, other: str) -> str | None:
         return sides[0] if len(sides) == 1 and sides[0] != text else None
     if not set(signs) <= {"=", "\\approx", "\\in", "\\equiv"} or not _names_a_value(sides[0]):
         return sides[0] if set(signs) == {"="} and len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else None
+    values = [number for number in map(exact.value, sides) if number is not None]
+    if set(signs) <= {"=", "\\in"} and values and 100 * (max(values) - min(values)) > max(map(abs, values)):
+        return None  # 35 = 12 says two things; 2/3 = 0.67 is one, rounded
     return sides[0] if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else sides[-1]
 
 
@@ -347,6 +355,8 @@ def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str
     """Whether two answers, of which one at least is a relation, are equal: names aside, both ways round, and to a factor."""
     (gold_text, gold_sides, gold_signs), (text, sides, signs) = gold, prediction
     gold_value, value = _unnamed(gold_text, text), _unnamed(text, gold_text)
+    if not signs and _letters(gold_sides[0]) and re.search("[-+^]", gold_sides[0]) and not _is_name(gold_sides[-1]):
+        return False  # the reference is an equation, and not the name of a value
     if not gold_signs or not signs:
         one, other = (gold_text, value) if not gold_signs else (gold_value, text)
         if one is None or other is None or (one, other) == (gold_text, text):
@@ -356,6 +366,9 @@ def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str
     if gold_value is not None and value is not None and _is_name(gold_sides[0]) and _is_name(sides[0]):
         if key(gold_sides[0]) == key(sides[0]):
             return _same(_form(gold_value), _form(value), _Budget(50))
+        value_there = _same_function(gold_sides[0], sides[0], value)
+        if value_there is not None:
+            return _same(_form(gold_value), _form(value_there), _Budget(50))
         if gold_value in gold_sides[1:] and value in sides[1:] and len(gold_sides) == len(sides) == 2:
             swapped = key(gold_sides[0]) == key(sides[1]) and key(gold_sides[1]) == key(sides[0])
             return swapped or _proportional(gold_sides, gold_signs, sides, signs)
@@ -369,6 +382,16 @@ def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str
     if flipped == gold_signs and all(_same_side(a, b) for a, b in zip(gold_sides, sides[::-1], strict=True)):
         return True
     return len(sides) == 2 and _proportional(gold_sides, gold_signs, sides, signs)
+
+
+def _same_function(gold: str, name: str, value: str) -> str | None:
+    """The value of f(t) in the letter of the reference's f(x), or of y where that is f(x); None where they are unlike."""
+    a, b = _FUNCTION.fullmatch(gold.replace(" ", "")), _FUNCTION.fullmatch(name.replace(" ", ""))
+    if a is None or b is None:
+        return value if (a or b) is not None and "y" in (gold, name) else None
+    if a[1] != b[1] or re.search(rf"(?<![A-Za-z\\]){a[2]}(?![A-Za-z])", value):
+        return None
+    return re.sub(rf"(?<![A-Za-z\\]){b[2]}(?![A-Za-z])", a[2], value)
 
 
 def _same_side(a: str, b: str) -> bool:

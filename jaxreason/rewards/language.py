@@ -2,7 +2,8 @@
 
 DeepSeek-R1 (arXiv:2501.12948, section 2.3.2) rewards the share of words in the target language, against the mixing of languages
 that reinforcement brings. A word's script decides first, which is exact and fast; only for languages that share a script is
-py3langid asked (the extra `lang`), some words at a time. Code, formulas, numbers and punctuation belong to no language.
+py3langid asked (the extra `lang`), some words at a time. Code, formulas, numbers and punctuation belong to no language;
+words of another script than Latin and Greek do, in code and formulas too, where a policy could hide them.
 Absent on purpose: spelling and grammar, and a foreign word or two within a sentence of the same script.
 """
 
@@ -63,6 +64,7 @@ _LETTERS = re.compile(
     "|".join(f"(?P<{script}>[{inside}'\u2019]+)" for script, inside in SCRIPTS.items())
     + rf"|(?P<another>[^\W\d_{_SPACED}{_UNSPACED}]+)"
 )
+_HIDDEN = re.compile("[" + "".join(inside for script, inside in SCRIPTS.items() if script not in ("Latin", "Greek")) + "]+")
 # What opens code or a formula, and what closes it; a dollar sign as Pandoc has it, for prices are no formulas.
 _OPENS = re.compile(r"```|`|\$\$|\$(?=\S)|\\\[|\\\(|\\begin\{")
 _CLOSES = {
@@ -115,7 +117,10 @@ def script_words(text: str) -> list[tuple[str, str]]:
 
 
 def prose(text: str) -> str:
-    """The text without code (in backquotes) and formulas (LaTeX's delimiters and environments); one left open is text."""
+    """The text without code (in backquotes) and formulas (LaTeX's delimiters and environments); one left open is text.
+
+    What they hold in other scripts than Latin and Greek stays: it is no code, and would be hidden there.
+    """
     kept, at = [], 0
     ahead: dict[str, re.Match[str] | None] = {}  # the next closing mark of each kind: no stretch is searched twice
     for opened in _OPENS.finditer(text):
@@ -127,7 +132,7 @@ def prose(text: str) -> str:
             closed = _CLOSES[kind].search(text, opened.end())
         ahead[kind] = closed
         if closed is not None and closed[0] != "\n":
-            kept.append(text[at : opened.start()])
+            kept += [text[at : opened.start()], *_HIDDEN.findall(text, opened.end(), closed.start())]
             at = closed.end()
     return " ".join([*kept, text[at:]])
 

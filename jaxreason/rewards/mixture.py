@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from jaxreason.types import Completion, Problem, Reward, RewardFn
+from jaxreason.types import Completion, GroupRewardFn, Problem, Reward, RewardFn
 
 Parts = Mapping[str, float | None]
 NO_GATES: Mapping[str, str] = MappingProxyType({})
@@ -50,6 +50,19 @@ class Mixture:
     def __call__(self, problem: Problem, completion: Completion) -> Reward:
         parts = {name: value(rule(problem, completion)) for name, rule in self.rules.items()}
         return Reward(total(parts, self.weights, gates=self.gates), parts)
+
+
+@dataclass(frozen=True)
+class OfGroup:
+    """A rule of a whole group, as workers run it: completions and what they got in one's place, a part by each one's number."""
+
+    rule: GroupRewardFn
+
+    def __call__(self, problem: Problem, group: tuple[Sequence[Completion], Sequence[Reward]]) -> Reward:
+        found = self.rule(problem, *group)
+        if len(found) != len(group[0]):
+            raise ValueError(f"it gave {len(found)} rewards for the {len(group[0])} completions of a group")
+        return Reward(0.0, {str(number): value(reward) for number, reward in enumerate(found)})
 
 
 def value(reward: Reward) -> float | None:

@@ -17,6 +17,7 @@ _UNICODE = {
     "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ",
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "°": r"^{\circ}", "√": r"\sqrt ", "…": r"\ldots ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
+    "¢": " cents",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "⅛": r"\frac{1}{8}",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "⟨": r"\langle ", "⟩": r"\rangle ",
     "，": ",", "。": ".", "；": ";", "：": ":", "（": "(", "）": ")", "’": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
@@ -28,16 +29,21 @@ _GROUPING_COMMA = re.compile(
     r",(?:\\[!,]|\{\})\s*(?=[0-9])|\{,\}\s*|(?<=[0-9])\\[,:]?,\s*(?=[0-9]{3})|(?<=[0-9])\\[, ](?=[0-9]{3})"
 )
 _SPACING = re.compile(
-    r"\\[!,;:> ]|\\(?:q?quad|hspace\{[^{}]*\}|displaystyle|textstyle|limits|nonumber|thinspace|enspace|smallskip)(?![A-Za-z])|[~\s]"
+    r"\\[!,;:> ]|\\(?:q?quad|hspace\{[^{}]*\}|displaystyle|textstyle|limits|nonumber|thinspace|enspace|smallskip|"
+    r"large|Large|small|normalsize)(?![A-Za-z])"
+    r"|[~\s]"
 )
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|m?left|m?right)(?![A-Za-z])\.?")
 _SYNONYMS = {
+    "dbinom": "binom", "tbinom": "binom",
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne",
     "lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
     "lparen": "(", "rparen": ")", "varnothing": "emptyset", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots",
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":", "bmatrix": "pmatrix", "degree": r"^{\circ}", "ast": "*",
+    "textdegree": r"^{\circ}",
     "simeq": "approx", "infin": "infty", "land": ",", "lor": ",", "vee": ",", "wedge": ",", "to": "rightarrow", "exponentialE": "e",
     "mathrm": "text", "mathbf": "text", "textbf": "text", "textit": "text", "textrm": "text", "mbox": "text", "texttt": "text",
+    "bold": "text", "textsc": "text", "underline": "text", "bigcup": "cup",
     "textsf": "text", "mathit": "text", "mathsf": "text", "emph": "text", "bf": "", "rm": "", "boldsymbol": "text", "bm": "text",
     "hbox": "text", "textnormal": "text", "mathcal": "text", "operatorname": "text", "euro": "", "pounds": "", "textdollar": "",
 }  # fmt: skip
@@ -46,23 +52,24 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _AND = re.compile(r"(?:^|(?<=[\s,;0-9)}\]]))\s*,?\s*(?<![A-Za-z])(?:and|or)(?![A-Za-z])\s*(?=\S)", re.IGNORECASE)
 _DEGREES = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\}\s*)(?:\s*[CF](?![A-Za-z]))?|\s*\\circ$")
 _PERCENT = re.compile(r"\s*(?:\\%|%|\bper ?cent(?:age)?(?: points?)?\b|\bpct\b)", re.IGNORECASE)
-_CURRENCY = re.compile(r"\\?\$|[€£¥₹]|(?<![A-Za-z])(?:Rs\.?|USD|EUR|GBP|US)(?=\s{0,3}[0-9$])|(?<=[0-9])\s{0,3}(?:USD|EUR|GBP)\b")
+_CURRENCY = re.compile(
+    r"\\?\$|[€£¥₹]|(?<![A-Za-z])(?:Rs\.?|USD|EUR|GBP|US)(?=\s{0,3}[0-9$])|\\text\{\s*(?:USD|EUR|GBP|Rs\.?)\s*\}|(?<=[0-9])\s{0,3}(?:USD|EUR|GBP)\b"
+)
 _FRAC = re.compile(r"\\frac\s*(?:([0-9A-Za-z])|(?=\{))")
 _SQRT = re.compile(r"\\sqrt\s*(?:(\\[A-Za-z]+|[0-9]+|[A-Za-z])(?![0-9])|(?=[\[{(]))")
 _POWER = re.compile(r"\^\s*([0-9A-Za-z])")
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|approximately|about|exactly|roughly|around|only|a total of|(?:the )?(?:final )?answer (?:is|:)|"
-    r"answer:)[\s,]*)+(?=\S)",
+    r"answer:|it(?: is|'s))[\s,]*)+(?=\S)",
     re.IGNORECASE,
 )
 _FUNCTIONS = frozenset(
     (
-        "sin cos tan cot sec csc log ln exp sqrt abs arcsin arccos arctan sinh cosh tanh "
-        "pi infinity inf oo or and mod if for max min"
+        "sin cos tan cot sec csc log ln exp sqrt abs arcsin arccos arctan sinh cosh tanh pi infinity inf oo or and mod if for max"
     ).split()
 )
 _UNIT_TAIL = re.compile(
-    r"(?P<unit>(?:(?<=[0-9A-Za-z)}%!\s])\s*\\text\{[^{}]*\}|(?<=[0-9)}%!\s])\s+[A-Za-z][A-Za-z.]*)(?:\s*(?:/|\\text\{[^{}]*\}|\s+[A-Za-z][A-Za-z.]*))*)"
+    r"(?P<unit>(?:(?<=[0-9A-Za-z)}%!\s])\s*\\text\{[^{}]*\}|(?<=[0-9)}%!\s])\s+[A-Za-z][A-Za-z.]*)(?:\s*(?:/|(?:\^\s*\{?-?[0-9]\}?\s*)?(?:\\cdot\s*)?\\text\{[^{}]*\}|\s+[A-Za-z][A-Za-z.]*))*)"
     r"(?:\s*\^\s*\{?(?P<power>[-0-9]{1,2})\}?)?$"
 )
 _GLUED_UNIT = re.compile(
@@ -77,6 +84,19 @@ UNITS = {
     "ft": ("in", 12), "foot": ("in", 12), "feet": ("in", 12), "inch": ("in", 1), "inche": ("in", 1), "yard": ("in", 36),
     "dollar": ("dollar", 1), "cent": ("dollar", "0.01"),
 }  # fmt: skip
+_UNIT_FRACTION = re.compile(
+    r"\\frac\s*\{\s*\\text\{([^{}0-9]*)\}(?:\^\{?[0-9]\}?)?\s*\}\s*\{\s*\\text\{([^{}0-9]*)\}(?:\^\{?[0-9]\}?)?\s*\}"
+)
+_UNIT_POWER = re.compile(r"\\text\{((?:[A-Za-z/ .~]|\\[,; ]){1,30})\^(?:\{(-?[0-9])\}|(-?[0-9]))\s*\}")
+_HALF_OF_DAY = re.compile(r"(?<=:[0-9]{2})\s*(?:\\text\{\s*([ap])\.?\s?m\b\.?\s*\}|([ap])\.?\s?m\b\.?)", re.IGNORECASE)
+_SYSTEM = re.compile(
+    r"(?:\\\{\s*)?\\begin\{array\}\s*\{[^{}]*\}(?P<array>(?:(?!\\begin|\\end).)*)\\end\{array\}(?!\s*\\\})"
+    r"|(?:\\\{\s*)?\\begin\{(?:d?cases|align(?:ed|at)?|gather(?:ed)?|split|equation|displaymath|math)\*?\}"
+    r"(?P<rows>(?:(?!\\begin|\\end).)*)\\end\{[a-z]{1,20}\*?\}",
+    re.DOTALL,
+)
+_SIGN = r"(?:=|<|>|\\(?:le|ge|ne|approx|in)(?![A-Za-z]))"
+_ALIGNMENT = re.compile(rf"&\s*(?={_SIGN})|(?<==)\s*&|(?:^|(?<=\\cr))\s*&")
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -92,22 +112,37 @@ class Form:
 
 def plain(text: str) -> str:
     """One spelling of an answer: of LaTeX, of plain text, of Unicode."""
-    text = _ascii(text)
+    text = re.sub(r"\\+\s*$", "", _ascii(text))
     text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text) if "begin" not in text else text  # a command with its backslash doubled
-    text = text.replace("\\\\", "\\cr ") if "begin" in text else text  # a matrix's end of row, which is no space
+    if "begin" in text:  # a matrix's end of row, which is no space
+        text = re.sub(r"\\\\(?:\[-?[0-9.]{1,5} ?[a-z]{2}\])?", r"\\cr ", text)
     text = text.replace("\\$", "$")
+    text = re.sub(r"(?<![<>=!])([<>])=(?![=>])", lambda match: {"<": "\\le ", ">": "\\ge "}[match[1]], text)
+    text = re.sub(r"\\not\s*=|(?<=\s)!=", r"\\ne ", text)
     text = _GROUPING_COMMA.sub(",", text)
     text = _SIZE.sub("", text).replace("\\right.", "").replace("\\left.", "")
+    text = re.sub(r"\{\s*\\(?:rm|bf|it|sf|tt)\s+([^{}]*)\}", r"\\text{\1}", text)
     text = _COMMAND.sub(lambda match: _spelling(match[1], following=match[2]), text)
     text = re.sub(r"\\(?:begin|end)\{[bp]?matrix\}", lambda match: match[0].replace("{b", "{").replace("{p", "{"), text)
     if "\\begin" in text:
+        text = _SYSTEM.sub(_written_in_line, text)
         text = re.sub(r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{matrix}", text).replace("\\end{array}", "\\end{matrix}")
         text = re.sub(r"[(\[]\s*\\begin\{matrix\}", r"\\begin{matrix}", text)
         text = re.sub(r"\\end\{matrix\}\s*[)\]]", r"\\end{matrix}", text)
+    text = re.sub(r"(?:\\text\s*)?\{\s*:\s*\}", ":", text)
+    text = re.sub(r"\\text\{\s*([ie])\s*\}", r"\1", text)
+    text = re.sub(r"(?<=[0-9])\s*\\text\{\s*to\s*\}\s*(?=[0-9])", ":", text)
+    text = _HALF_OF_DAY.sub(lambda match: f" {(match[1] or match[2]).lower()}m", text)
+    text = re.sub(r"\(\s*(\\text\{[^{}]*\})\s*\)$", r"\1", _UNIT_POWER.sub(r"\\text{\1}^{\2\3}", text))
+    text = re.sub(r"\s*,?\s*\\text\{\s*(?:for (?:all|any|every)|where)\b[^{}]*\}.*$", "", text, flags=re.DOTALL)
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup ", re.sub(r"\\(?:text)?color\s*\{[A-Za-z]{1,20}\}", "", text))
+    text = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", text)
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text)
     text = _TEXT.sub(lambda match: _AND.sub(" , ", match[1]) if _AND.fullmatch(match[1] + "x") else match[0], text)
     text = _TEXT.sub(lambda match: ", " if match[1].strip(" ,").lower() in {"and", "or"} else match[0], text)
     text = _PERCENT.sub("%", _TEXT.sub(lambda match: "%" if _PERCENT.fullmatch(match[1]) else match[0], text))
     text = re.sub(r"\\text\{\s*\}", "", _CURRENCY.sub("", text))
+    text = re.sub(r"(?<=[0-9])\s*\^\s*(?:\{\s*)?(?:\\text\{\s*o\s*\}|o(?![A-Za-z]))(?:\s*\})?", r"^{\\circ}", text)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", text):
         text = re.sub(
             r"(?<=[0-9}])\s*(?:\\text\{\s*degrees?\s*\}|degrees?\b)(?:\s*(?:Celsius|Fahrenheit))?", "", _DEGREES.sub("", text)
@@ -119,11 +154,12 @@ def plain(text: str) -> str:
     )
     text = _SPACING.sub(" ", text)
     text = _unwrapped(re.sub(r" {2,}", " ", text).strip())
-    text = re.sub(r"^\\text\{([^{}]*)\b(?:is|are)\b:?\s*\}", "", text)
+    text = re.sub(r"^\\text\{[^{}]*(?:\b(?:is|are|[Pp]oints?)\b|:)\s*\}", "", text)
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
     text = text.removeprefix("\\approx").lstrip()
     text = _arguments_braced(text)
     text = re.sub(r"(?<=[\s0-9)}\],])(?<![A-Za-z]),?\s*(?:and|or)(?![A-Za-z])\s*", ", ", text)
+    text = re.sub(r",(?:\s*,)+", ",", text)
     return text.strip().rstrip(".").rstrip(",;").strip() if not re.fullmatch(r".*[0-9]\.", text) else text[:-1].strip()
 
 
@@ -131,7 +167,7 @@ def key(text: str) -> str:
     """What two spellings of one text share: no white space but between words or numbers, no fonts, words in small letters."""
     text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text))
     text = re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)
-    return re.sub(r"(?<!\\)\b[A-Za-z]{3,}\b", lambda word: word[0].lower(), text).strip(" .,;")
+    return re.sub(r"(?<!\\)\b(?:[A-Za-z]{3,}|[Nn][Oo])\b", lambda word: word[0].lower(), text).strip(" ,;").rstrip(".")
 
 
 def without_unit(text: str) -> tuple[str, str]:
@@ -242,8 +278,11 @@ def _enclosing(text: str) -> str:
 
 
 def _elements(inside: str) -> list[str]:
+    """What stands between brackets, part by part: in (3,331) there are two, and in (1,234, 5) there are two."""
     semicolons = split(inside, (";",))
-    return semicolons if len(semicolons) > 1 else _split_commas(inside)
+    if len(semicolons) > 1:
+        return semicolons
+    return _split_commas(inside) if re.search(r",\s", inside) else split(inside, (",",))
 
 
 def _group(part: str, kind: str, *, depth: int) -> Form:
@@ -267,12 +306,26 @@ def _split_commas(text: str) -> list[str]:
     return kept
 
 
+def _written_in_line(match: re.Match[str]) -> str:
+    r"""The rows of a system, or of a calculation over several lines, as one line; what has columns of its own is left."""
+    body = _ALIGNMENT.sub("", match["array"] or match["rows"] or "")
+    if "&" in body:
+        return match[0]
+    rows = [row for row in (row.strip().rstrip(",;. ") for row in body.split("\\cr")) if row]
+    if match["array"] and not all(re.search(_SIGN, row) for row in rows):
+        return match[0]  # a matrix
+    line = ""
+    for row in rows:
+        line += row if not line else f" {row}" if re.match(_SIGN, row) else f", {row}"
+    return line
+
+
 def _ascii(text: str) -> str:
     if text.isascii():
         return text
     text = _SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(_POWERS) + "}", text)
     text = re.sub(
-        "[−–—×·⋅÷π∞≤≥⩽⩾≠≈±∓∪∩∅∈°√…αβγθλφω½¼¾⅓⅔⅛ℝℤℕ⟨⟩，。；：（）’\u00a0\u2009\u202f]", lambda match: _UNICODE[match[0]], text
+        "[−–—×·⋅÷π∞≤≥⩽⩾≠≈±∓∪∩∅∈°√…αβγθλφω¢½¼¾⅓⅔⅛ℝℤℕ⟨⟩，。；：（）’\u00a0\u2009\u202f]", lambda match: _UNICODE[match[0]], text
     )
     return text if text.isascii() else unicodedata.normalize("NFKC", text)
 
@@ -295,10 +348,13 @@ def _unwrapped(text: str) -> str:
 
 def _arguments_braced(text: str) -> str:
     r"""\frac43, \frac{1}2, \sqrt3, x^2 and sqrt(2) with the braces that they leave out."""
+    text = re.sub(r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"(?<=[0-9.])\\(?:bar|dot)(?=\s*\{)", r"\\overline", text)
+    text = re.sub(r"(\\sqrt\s*\[[0-9A-Za-z]{1,2}\])\s*([0-9A-Za-z])", r"\1{\2}", text)
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|exp|sin|cos|tan|ln|log|infinity|inf|oo)(?![a-z])", _plain_function, text)
-    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*\{", r"\\frac{\1}{", text)
-    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9A-Za-z])", r"\1{\2}", text)
+    text = re.sub(r"\\(frac|binom)\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\\1{\2}{\3}", text)
+    text = re.sub(r"\\(frac|binom)\s*([0-9A-Za-z])\s*\{", r"\\\1{\2}{", text)
+    text = re.sub(r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9A-Za-z])", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(?=\{)", r"\\frac", text)
     text = _SQRT.sub(lambda match: f"\\sqrt{{{match[1]}}}" if match[1] else "\\sqrt", text)
     text = text.replace("**", "^")

@@ -27,7 +27,7 @@ _BITS = 40_000  # of a value in it
 # What the grammar evaluates while it reads, or what stands for a computation rather than for a result.
 _REFUSED = re.compile(
     r"\\(?:o?i+nt|lim|limsup|liminf|det|gcd|lcm|Gamma|operatorname|begin\{vmatrix|rank|trace|tr|Vert|partial|nabla)(?![a-z])"
-    r"|\|\s*_|\|\s*\^|\\\||d\}?\s*\{?d[a-z]|[0-9][eE][-+]?[0-9]{4}|\\xcancel|\\cancel|'"
+    r"|\|\s*_|\|\s*\^|\\\||d\}?\s*\{?d[a-z]|[0-9][eE][-+]?[0-9]{4}|(?<![A-Za-z0-9_{])[0-9]+_|\\xcancel|\\cancel|'"
 )
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])([A-Za-z]?)i(?![A-Za-z])(\s*\^)?")
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\choose")
@@ -89,6 +89,9 @@ def equal(gold: str, prediction: str) -> bool:
         return False
     if a == b:
         return True
+    if _is_infinite(a) or _is_infinite(b):
+        value = a.doit()
+        return value.is_infinite is True and value.is_extended_real is True and value == b.doit()
     by_value = _equal_values(a, b)
     return _verified(a, b) if by_value is None else by_value
 
@@ -202,10 +205,11 @@ def _size(node: Any, below: list[float]) -> float:
         return sum(below) * 20 if times.is_Integer and abs(times) <= 20 else float("inf")
     if isinstance(node, sympy.Pow):
         power: Any = node.exp
-        exponent = abs(power) if power.is_Rational else 2 ** min(below[1], 30)
+        exponent = abs(power) if power.is_Rational or power.is_Float else 2 ** min(below[1], 30)
         return float((below[0] + 2) * max(1, exponent))
     if isinstance(node, (sympy.exp, HyperbolicFunction)):
-        return 2.0 * 2 ** min(below[0], 30)
+        exponent = _magnitude(node.args[0])
+        return 2.0 * 2 ** min(below[0], 30) if exponent is None else 2 + 2 * exponent
     if isinstance(node, (sympy.factorial, sympy.binomial)):
         argument: Any = node.args[0]
         return 12.0 * (abs(int(argument)) if argument.is_Integer else 2 ** min(below[0], 30))
@@ -217,6 +221,19 @@ def _size(node: Any, below: list[float]) -> float:
         return float("inf") if terms is None or terms > 200 else sum(below) * (int(max(terms, 0)) + 1)
     refused = (sympy.Integral, sympy.Derivative, sympy.Limit, sympy.Subs, sympy.ConditionSet, sympy.MatrixSymbol, sympy.gamma)
     return float("inf") if isinstance(node, refused) else sum(below) + 2
+
+
+def _magnitude(constant: Any) -> float | None:
+    """The absolute value of a constant, roughly; None where it has symbols or no value."""
+    with contextlib.suppress(Exception):
+        return abs(complex(constant.evalf(5))) if constant.is_number else None
+    return None
+
+
+def _is_infinite(parsed: Any) -> bool:
+    import sympy
+
+    return isinstance(parsed, sympy.Expr) and parsed.has(sympy.oo, sympy.zoo, sympy.nan)
 
 
 def _is_scalar(parsed: Any) -> bool:
@@ -240,6 +257,8 @@ def _equal_values(a: Any, b: Any) -> bool | None:
     rounded = a.has(sympy.Float) or b.has(sympy.Float)
     compared = 0
     for point in _points(a, b):
+        if any(value < 0 for value in point.values()) and (_leaves_reals(a, point) or _leaves_reals(b, point)):
+            continue
         x, y = _at(a, point), _at(b, point)
         if x is None or y is None:
             continue
@@ -268,7 +287,17 @@ def _points(a: Any, b: Any) -> list[dict[Any, Any]]:
         ]
         sign, scale = (-1, 1) if number == 3 else (1, 4 if number == 4 else 1)
         points.append({symbol: sign * value / scale for symbol, value in zip(symbols, values, strict=True)})
+    if a.has(sympy.floor, sympy.ceiling) or b.has(sympy.floor, sympy.ceiling):  # which are alike for all small values
+        points += [{symbol: value * 41 for symbol, value in point.items()} for point in points[:3]]
     return points
+
+
+def _leaves_reals(expression: Any, point: dict[Any, Any]) -> bool:
+    """Whether an even root of a negative number is taken at a point: there the product of two roots is no root of the product."""
+    import sympy
+
+    bases = [power.base for power in expression.atoms(sympy.Pow) if power.exp.is_number and not power.exp.is_integer]
+    return any(value is not None and value.real < 0 for value in (_at(base, point) for base in bases))
 
 
 def _at(expression: Any, point: dict[Any, Any]) -> Any:

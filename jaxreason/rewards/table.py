@@ -1,4 +1,4 @@
-"""The table of host rules in docs/host_rules.md, written from the code: the functions that a config can name."""
+"""Which rules on text a config can name, from the code: for `jaxreason rules`, and as the table in docs/host_rules.md."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
+from collections.abc import Iterator
 
 from jaxreason import naming, rewards
 
@@ -13,9 +14,17 @@ HEADING = "## The rules\n"
 _NOUNS = {"Reward": "completion", "list[Reward]": "group", "Sequence[Reward]": "group"}
 
 
-def host_rules() -> str:
-    """A row for each rule on text: its name, what it looks at, its settings with their defaults, its docstring's first line."""
-    rows = ["| rule | of a | settings | reward |", "| --- | --- | --- | --- |"]
+class Row(typing.NamedTuple):
+    """A rule on text: its name, what it looks at, its settings with their defaults, its docstring's first line."""
+
+    name: str
+    noun: str
+    settings: list[str]
+    line: str
+
+
+def rows() -> Iterator[Row]:
+    """Every rule on text."""
     for info in sorted(pkgutil.iter_modules(rewards.__path__), key=lambda info: info.name):
         if info.name == "traced":  # rules on tokens, which import jax
             continue
@@ -23,9 +32,16 @@ def host_rules() -> str:
         for noun, what in _NOUNS.items():
             for name, function in naming.returning(module, noun).items():
                 if function.__module__ == module.__name__ and _takes_a_problem(function):
-                    line = (inspect.getdoc(function) or "").split("\n")[0].replace("|", "\\|")
-                    rows.append(f"| `{info.name}.{name}` | {what} | {_settings(function)} | {line} |")
-    return "\n".join(rows) + "\n"
+                    yield Row(f"{info.name}.{name}", what, settings(function), first_line(function))
+
+
+def host_rules() -> str:
+    """The rows as a table."""
+    lines = ["| rule | of a | settings | reward |", "| --- | --- | --- | --- |"]
+    for row in rows():
+        shown, said = ", ".join(f"`{each}`" for each in row.settings), row.line.replace("|", "\\|")
+        lines.append(f"| `{row.name}` | {row.noun} | {shown} | {said} |")
+    return "\n".join(lines) + "\n"
 
 
 def rewritten(page: str) -> str:
@@ -40,7 +56,11 @@ def _takes_a_problem(function: typing.Callable[..., typing.Any]) -> bool:
     return next(iter(inspect.signature(function).parameters), "") == "problem"
 
 
-def _settings(function: typing.Callable[..., typing.Any]) -> str:
+def first_line(function: typing.Callable[..., typing.Any]) -> str:
+    return (inspect.getdoc(function) or "").split("\n")[0]
+
+
+def settings(function: typing.Callable[..., typing.Any]) -> list[str]:
+    """What a config may set of a function, as 'name=default', or 'name' where it has to be set."""
     found = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]
-    return ", ".join(f"`{each}`" for each in shown)
+    return [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]

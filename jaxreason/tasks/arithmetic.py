@@ -82,6 +82,7 @@ def arithmetic_chains(
     *,
     seed: int = 0,
     heldout_size: int = 256,
+    prompt: str = "as_it_is",
     min_terms: int = 2,
     max_terms: int = 4,
     max_number: int = 20,
@@ -106,7 +107,7 @@ def arithmetic_chains(
         return None if result is None else Written(CHAIN.format(text(tree)), str(result), ";".join(steps(tree)))
 
     words = pieces(CHAIN, DIGITS, "+-*/()=;")
-    told = {"name": "arithmetic_chains", "rule": "math.gsm8k_answer", "words": words}
+    told = {"prompt": prompt, "name": "arithmetic_chains", "rule": "math.gsm8k_answer", "words": words}
     return endless(draw, write, seed=seed, heldout_size=heldout_size, **told)
 
 
@@ -117,6 +118,7 @@ def modular_arithmetic(
     *,
     seed: int = 0,
     heldout_size: int = 256,
+    prompt: str = "as_it_is",
     max_number: int = 99,
     min_modulus: int = 2,
     max_modulus: int = 20,
@@ -156,7 +158,7 @@ def modular_arithmetic(
         return Written(MODULAR.format(f"{a}{operator}{b}", modulus), str(result), ";".join(thought))
 
     words = pieces(MODULAR, DIGITS, "+-*^=;")
-    told = {"name": "modular_arithmetic", "rule": "math.gsm8k_answer", "words": words}
+    told = {"prompt": prompt, "name": "modular_arithmetic", "rule": "math.gsm8k_answer", "words": words}
     return endless(draw, write, seed=seed, heldout_size=heldout_size, **told)
 
 
@@ -172,7 +174,9 @@ def in_base(number: int, base: int) -> str:
     return digits
 
 
-def base_arithmetic(*, seed: int = 0, heldout_size: int = 256, min_base: int = 2, max_base: int = 9, max_number: int = 99) -> Task:
+def base_arithmetic(
+    *, seed: int = 0, heldout_size: int = 256, prompt: str = "as_it_is", min_base: int = 2, max_base: int = 9, max_number: int = 99
+) -> Task:
     """What is 1021+22 in base 3? Also differences, products, and numbers of one base written in another, with 10 among them.
 
     Bases above 10 would need letters as digits, and an answer is a number here.
@@ -204,7 +208,7 @@ def base_arithmetic(*, seed: int = 0, heldout_size: int = 256, min_base: int = 2
         return Written(question, in_base(total, base), ";".join(thought))
 
     words = pieces(BASE_OPERATION, BASE_CONVERSION, DIGITS, "+-*=;")
-    told = {"name": "base_arithmetic", "rule": "math.gsm8k_answer", "words": words}
+    told = {"prompt": prompt, "name": "base_arithmetic", "rule": "math.gsm8k_answer", "words": words}
     return endless(draw, write, seed=seed, heldout_size=heldout_size, **told)
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from operator import add, mul, sub, truediv
 
 from jaxreason.tasks.arithmetic import Tree, steps, text, value
+from jaxreason.tasks.conversation import conversation, read_prompt
 from jaxreason.tasks.procedural import DIGITS, TRIES, Written, check_span, endless, pieces
 from jaxreason.tasks.rows import BadRow, Values, gather, read_split, skipped
 from jaxreason.tasks.task import Task
@@ -29,6 +30,7 @@ def countdown(
     *,
     seed: int = 0,
     heldout_size: int = 256,
+    prompt: str = "as_it_is",
     min_numbers: int = 3,
     max_numbers: int = 4,
     max_number: int = 50,
@@ -56,7 +58,7 @@ def countdown(
         return Written(shown, str(target), ";".join(steps(tree)), shown=text(tree), metadata=metadata)
 
     words = pieces(COUNTDOWN, DIGITS, " ,+-*/()=;")
-    told = {"name": "countdown", "rule": "arithmetic.countdown", "words": words}
+    told = {"prompt": prompt, "name": "countdown", "rule": "arithmetic.countdown", "words": words}
     return endless(draw, write, seed=seed, heldout_size=heldout_size, **told)
 
 
@@ -76,7 +78,15 @@ def _combined(rng: random.Random, numbers: list[int], *, most: int) -> Tree | No
 # ------------------------------------------------------------------------------------------------------------ Game of 24
 
 
-def game24(*, data_dir: str = "", seed: int = 0, heldout_size: int = 100, max_number: int = 13, bad_rows: str = "fatal") -> Task:
+def game24(
+    *,
+    data_dir: str = "",
+    seed: int = 0,
+    heldout_size: int = 100,
+    prompt: str = "as_it_is",
+    max_number: int = 13,
+    bad_rows: str = "fatal",
+) -> Task:
     """Four numbers that make 24, drawn from 1 to `max_number`; or with `data_dir` the puzzles that people played.
 
     `data_dir` names a folder with `all.jsonl.gz` (or `.jsonl`, `.parquet`), whose column `puzzle` is four numbers, easiest first;
@@ -84,7 +94,7 @@ def game24(*, data_dir: str = "", seed: int = 0, heldout_size: int = 100, max_nu
     is fatal or, with 'skip', left out and counted.
     """
     if data_dir:
-        return _played(data_dir, heldout_size=heldout_size, bad_rows=bad_rows)
+        return _played(data_dir, heldout_size=heldout_size, bad_rows=bad_rows, prompt=prompt)
     if max_number < 6:
         raise ValueError(f"max_number is {max_number}: expected 6 or more, for fewer numbers hardly ever make 24")
 
@@ -96,7 +106,7 @@ def game24(*, data_dir: str = "", seed: int = 0, heldout_size: int = 100, max_nu
         solution = solve(hand, 24)
         return None if solution is None else _written(tuple(rng.sample(hand, 4)), solution)
 
-    told = {"name": "game24", "rule": "arithmetic.countdown", "words": _game24_words()}
+    told = {"prompt": prompt, "name": "game24", "rule": "arithmetic.countdown", "words": _game24_words()}
     return endless(draw, write, seed=seed, heldout_size=heldout_size, **told)
 
 
@@ -170,7 +180,8 @@ def _shown(number: Fraction) -> str:
     return str(number) if number.denominator == 1 else f"({number})"
 
 
-def _played(data_dir: str, *, heldout_size: int, bad_rows: str) -> Task:
+def _played(data_dir: str, *, heldout_size: int, bad_rows: str, prompt: str) -> Task:
+    template = read_prompt(prompt)
     source = f"the file in '{data_dir}'"
     hands, left = gather(read_split(data_dir, "all"), _hand, bad_rows=bad_rows, source=source)
     if heldout_size < 1 or FIRST_HELDOUT - 1 + heldout_size > len(hands):
@@ -192,7 +203,7 @@ def _played(data_dir: str, *, heldout_size: int, bad_rows: str) -> Task:
         train=lambda number: problem(*train[number]),
         train_size=len(train),
         heldout=[problem(*each) for each in heldout],
-        messages=lambda problem: [{"role": "user", "content": problem.question}],
+        messages=lambda problem: conversation(template, problem),
         words=_game24_words(),
         rule="arithmetic.countdown",
         skipped=skipped(left),

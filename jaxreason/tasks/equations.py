@@ -16,7 +16,13 @@ TWO = "Solve {} and {}. What is {}?"
 
 
 def linear_equations(
-    *, seed: int = 0, heldout_size: int = 256, unknowns: int = 1, max_coefficient: int = 9, max_solution: int = 20
+    *,
+    seed: int = 0,
+    heldout_size: int = 256,
+    prompt: str = "as_it_is",
+    unknowns: int = 1,
+    max_coefficient: int = 9,
+    max_solution: int = 20,
 ) -> Task:
     """Equations whose solutions are whole and from -`max_solution` to `max_solution`; coefficients likewise.
 
@@ -32,7 +38,7 @@ def linear_equations(
     else:
         draw, write = _draw_two(max_coefficient, max_solution), _write_two
     words = pieces(ONE, TWO, DIGITS, "x y", "y=+-;()/*")
-    told = {"name": "linear_equations", "rule": "math.gsm8k_answer", "words": words}
+    told = {"prompt": prompt, "name": "linear_equations", "rule": "math.gsm8k_answer", "words": words}
     return endless(draw, write, seed=seed, heldout_size=heldout_size, **told)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxreason.rewards.gym import SIZE, dataset
+from jaxreason.tasks.conversation import conversation, read_prompt
 from jaxreason.tasks.task import Task
 from jaxreason.types import Problem
 
@@ -24,7 +25,14 @@ WINDOW = 500
 UNORDERED = {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
 
 
-def reasoning_gym(*, name: str, seed: int = 0, heldout_size: int = 64, settings: Mapping[str, Any] | None = None) -> Task:
+def reasoning_gym(
+    *,
+    name: str,
+    seed: int = 0,
+    heldout_size: int = 64,
+    prompt: str = "as_it_is",
+    settings: Mapping[str, Any] | None = None,
+) -> Task:
     """The data set `name` with `settings` as reasoning-gym calls them, such as {"min_terms": 2} for chain_sum.
 
     Held-out questions differ from each other, and none of them is ever a training problem's.
@@ -35,6 +43,7 @@ def reasoning_gym(*, name: str, seed: int = 0, heldout_size: int = 64, settings:
         plain = json.dumps(dict(settings or {}), sort_keys=True)
     except (TypeError, ValueError):
         raise ValueError(f"settings is {settings!r}: expected names with numbers, texts, lists or True and False") from None
+    template = read_prompt(prompt)
     dataset(name, plain, 0)  # whatever is wrong with the names is said now
     _check_hashes({name, *(each["name"] for each in json.loads(plain).get("datasets", []) if name == "composite")})
 
@@ -81,8 +90,8 @@ def reasoning_gym(*, name: str, seed: int = 0, heldout_size: int = 64, settings:
         train=train,
         train_size=None,
         heldout=list(heldout.values()),
-        messages=lambda problem: [{"role": "user", "content": problem.question}],
-        rule="gym.gym_score",
+        messages=lambda problem: conversation(template, problem),
+        rule="gym.gym_solved",  # the score gives parts, in some data sets even for what says nothing
     )
 
 

@@ -31,7 +31,9 @@ Claim = tuple[str, int, bool, int, bool]
 # ---------------------------------------------------------------------------------------------------------- truth tellers
 
 
-def truth_tellers(*, seed: int = 0, heldout_size: int = 256, min_people: int = 2, max_people: int = 4) -> Task:
+def truth_tellers(
+    *, seed: int = 0, heldout_size: int = 256, prompt: str = "as_it_is", min_people: int = 2, max_people: int = 4
+) -> Task:
     """Everyone says one thing about the others, and there is just one way in which all of it fits."""
     check_span(min_people, max_people, smallest=2, largest=5, names=("min_people", "max_people"))
 
@@ -42,7 +44,7 @@ def truth_tellers(*, seed: int = 0, heldout_size: int = 256, min_people: int = 2
 
     said = "T no tells the truth lies and lies or lies are alike are different"
     words = pieces(PEOPLE, SAYS, said, " and,", "-L-T:;", "yes", *(f"{name} {name}" for name in NAMES))
-    told = {"name": "truth_tellers", "rule": "choice.short_answer", "words": words}
+    told = {"prompt": prompt, "name": "truth_tellers", "rule": "choice.short_answer", "words": words}
     return endless(draw, _write_people, seed=seed, heldout_size=heldout_size, **told)
 
 
@@ -96,7 +98,13 @@ def _said(claim: Claim, names: list[str]) -> str:
 
 
 def graph_reachability(
-    *, seed: int = 0, heldout_size: int = 256, min_places: int = 4, max_places: int = 7, roads_per_place: float = 1.2
+    *,
+    seed: int = 0,
+    heldout_size: int = 256,
+    prompt: str = "as_it_is",
+    min_places: int = 4,
+    max_places: int = 7,
+    roads_per_place: float = 1.2,
 ) -> Task:
     """One-way roads between places, and whether they lead from one to another; half of the answers are yes."""
     check_span(min_places, max_places, smallest=3, largest=len(PLACES), names=("min_places", "max_places"))
@@ -116,7 +124,7 @@ def graph_reachability(
                 return repr((sorted(roads), a, b)), (roads, a, b)
 
     words = pieces(ROADS, ROAD, ", :;", "yes", "no", *(f"{place} {place}" for place in PLACES), DIGITS)
-    told = {"name": "graph_reachability", "rule": "choice.short_answer", "words": words}
+    told = {"prompt": prompt, "name": "graph_reachability", "rule": "choice.short_answer", "words": words}
     return endless(draw, _write_roads, seed=seed, heldout_size=heldout_size, **told)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxreason.tasks.conversation import conversation, read_prompt
 from jaxreason.tasks.task import Task
 from jaxreason.types import Demonstration, Problem
 
@@ -45,13 +46,16 @@ def is_heldout(name: str, key: str) -> bool:
     return hashlib.sha256(f"{name}:{key}".encode()).digest()[0] % HELDOUT_SHARE == 0
 
 
-def endless(draw: Draw, write: Write, *, name: str, rule: str, seed: int, heldout_size: int, words: tuple[str, ...]) -> Task:
+def endless(
+    draw: Draw, write: Write, *, name: str, rule: str, seed: int, heldout_size: int, words: tuple[str, ...], prompt: str
+) -> Task:
     """The task of a family; a ValueError where its settings give too few problems of either side.
 
     Held-out problems differ from each other. Demonstrations are of the training side, and their chain of thought is right.
     """
     if heldout_size < 1:
         raise ValueError(f"heldout_size is {heldout_size}: expected 1 or more")
+    template = read_prompt(prompt)
 
     def find(rng: random.Random, *, heldout: bool, tries: int, seen: frozenset[str] | set[str]) -> tuple[str, Written] | None:
         for _ in range(tries):
@@ -90,7 +94,7 @@ def endless(draw: Draw, write: Write, *, name: str, rule: str, seed: int, heldou
         train=lambda number: make("train", number)[0],
         train_size=None,
         heldout=heldout,
-        messages=lambda problem: [{"role": "user", "content": problem.question}],
+        messages=lambda problem: conversation(template, problem),
         demonstrations={"worked": worked},
         words=words,
         rule=rule,

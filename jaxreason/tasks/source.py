@@ -176,7 +176,7 @@ def _cut(made: Sequence[Made], heldout_size: int | None, name: str) -> tuple[lis
     """What is trained on, and what is held out: the `heldout_size` questions with the smallest hashes."""
     rank = {question: hashlib.sha256(question.encode()).digest() for question in {each.said.question for each in made}}
     if heldout_size is None or heldout_size >= len(rank):
-        raise ValueError(f"heldout_size is {heldout_size}, and '{name}' has {len(rank)} questions for both sides: hold out fewer")
+        raise ValueError(f"heldout_size is {heldout_size}, and '{name}' has {len(rank)} questions for both sides: lower it")
     chosen = set(sorted(rank, key=rank.__getitem__)[:heldout_size])
     train = [each for each in made if each.said.question not in chosen]
     return train, [each for each in made if each.said.question in chosen]

@@ -33,6 +33,7 @@ def string_manipulation(
     *,
     seed: int = 0,
     heldout_size: int = 256,
+    prompt: str = "as_it_is",
     kinds: Sequence[str] = tuple(QUESTIONS),
     min_length: int = 3,
     max_length: int = 7,
@@ -65,7 +66,7 @@ def string_manipulation(
         return repr(content), content
 
     words = pieces(*QUESTIONS.values(), DIGITS, "-,=", "yes", "no", *(f"{letter} {letter}" for letter in LETTERS))
-    told = {"name": "string_manipulation", "rule": "choice.short_answer", "words": words}
+    told = {"prompt": prompt, "name": "string_manipulation", "rule": "choice.short_answer", "words": words}
     return endless(draw, _write, seed=seed, heldout_size=heldout_size, **told)
 
 

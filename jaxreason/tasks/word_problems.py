@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 
+from jaxreason.tasks.conversation import conversation, read_prompt
 from jaxreason.tasks.task import Task
 from jaxreason.types import Demonstration, Problem
 
@@ -79,9 +80,15 @@ def _problem(rng: random.Random, *, name: str, changes: tuple[int, int], heldout
 
 
 def word_problems(
-    *, seed: int = 0, min_changes: int = 2, max_changes: int = 3, heldout_size: int = 256, short_share: float = 0.75
+    *,
+    seed: int = 0,
+    min_changes: int = 2,
+    max_changes: int = 3,
+    heldout_size: int = 256,
+    prompt: str = "as_it_is",
+    short_share: float = 0.75,
 ) -> Task:
-    """The task; `short_share` of the flawed demonstrations answer without thinking, off by -4 to 4."""
+    """`min_changes` to `max_changes` changes; `short_share` of the flawed demonstrations answer at once, off by -4 to 4."""
     if not 1 <= min_changes <= max_changes:
         raise ValueError(
             f"word_problems got min_changes={min_changes} and max_changes={max_changes}: expected 1 <= min_changes <= max_changes"
@@ -91,6 +98,7 @@ def word_problems(
     if not 0 <= short_share <= 1:
         raise ValueError(f"short_share is {short_share}: expected 0 to 1")
     span = (min_changes, max_changes)
+    template = read_prompt(prompt)
 
     def train(number: int) -> Problem:
         return _problem(random.Random(f"{seed}/train/{number}"), name=f"train/{number}", changes=span, heldout=False)
@@ -116,7 +124,7 @@ def word_problems(
         train=train,
         train_size=None,
         heldout=heldout,
-        messages=lambda problem: [{"role": "user", "content": problem.question}],
+        messages=lambda problem: conversation(template, problem),
         demonstrations={"worked": worked, "flawed": flawed},
         words=vocabulary(),
         rule="math.gsm8k_answer",

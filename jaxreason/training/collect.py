@@ -27,7 +27,7 @@ from jaxreason.objectives import shaping
 from jaxreason.rewards import mixture, traced
 from jaxreason.rewards.finding import GROUP_NOUNS, found_rules
 from jaxreason.rewards.pool import Pool, score_here
-from jaxreason.rewards.pool_messages import FAILURES
+from jaxreason.rewards.pool_messages import FAILURES, Outcome
 from jaxreason.rewards.traced import TracedRule, weighted_total
 from jaxreason.sampling import stops
 from jaxreason.sampling.rollout import Sampled, SamplingConfig, sample
@@ -70,11 +70,13 @@ class Scoring(NamedTuple):
     group: Mapping[str, GroupRewardFn] = MappingProxyType({})
     gates: Mapping[str, str] = mixture.NO_GATES
     normalised: frozenset[str] = frozenset()
+    group_pool: Pool | None = None  # where the rules of a group run, likewise
 
     def close(self) -> None:
-        """Ends the pool's processes; the next scoring would start them anew."""
-        if self.pool is not None:
-            self.pool.close()
+        """Ends the pools' processes; the next scoring would start them anew."""
+        for pool in (self.pool, self.group_pool):
+            if pool is not None:
+                pool.close()
 
 
 def rules() -> dict[str, Callable[..., Any]]:
@@ -122,15 +124,20 @@ def make_scoring(
         if gate == name or gate not in parts:
             others = [each for each in parts if each != name]
             raise ValueError(f"config.reward.{name}.gate is '{gate}', which is no other part: {naming.nearest(gate, others)}")
+
+    def pool(rules: Mapping[str, Any]) -> Pool | None:
+        return Pool(rules, **dataclasses.asdict(config)) if rules and config is not None and config.workers else None
+
     return Scoring(
         traced,
         host,
         weights,
         frozenset(name for name, part in parts.items() if part.shuffle),
-        Pool(host, **dataclasses.asdict(config)) if host and config is not None and config.workers else None,
+        pool(host),
         group,
         gates,
         frozenset(name for name, part in parts.items() if part.normalise),
+        pool({name: mixture.OfGroup(rule) for name, rule in group.items()}),
     )
 
 
@@ -265,57 +272,64 @@ def score_on_host(
 ) -> HostScores:
     """The host parts of the reward; 0 for groups that are not `done`, which no rule is asked about.
 
-    Rules of a whole group come last, in this process: they are told the other parts, the `traced` ones among them. A
-    ValueError says what a rule raised, where it did so on every one of several completions: then it is the rule's mistake.
+    Rules of a whole group come last: they are told the other parts, the `traced` ones among them. A ValueError says what a rule
+    raised, where it did so on every one of several completions, or on every group: then it is the rule's mistake.
     """
     asked = np.zeros((len(groups), len(groups[0]) if groups else 0), bool)
     asked[:] = True if done is None else np.asarray(done, bool)[:, None]
-    if not scoring.host:
-        return HostScores(_score_groups(scoring, problems, groups, traced, asked), {}, asked)
-    where = list(zip(*np.nonzero(asked), strict=True))
-    samples = [(problems[p], groups[p][g]) for p, g in where]
-    outcomes = score_here(scoring.host, samples) if scoring.pool is None else scoring.pool.score(samples)
-    parts = {name: np.zeros(asked.shape, np.float32) for name in scoring.host}
-    failed = {reason: np.zeros(asked.shape, bool) for reason in FAILURES}
-    for place, by_part in zip(where, outcomes, strict=True):
-        for name, outcome in by_part.items():
-            parts[name][place] = 0.0 if outcome.reward is None else in_array(outcome.reward)
-            if outcome.failure:
-                failed[outcome.failure][place] = True
-    useless = {name: np.asarray(all(each[name].failure == "error" for each in outcomes)) for name in scoring.host}
-    # every process scores; what ran into a limit on one may not have done so on another
-    parts, failed, useless = sharding.of_first_process((parts, failed, useless))
-    for name in scoring.host if len(outcomes) > 1 else ():
-        if useless[name]:
-            raise ValueError(f"the rule of config.reward.{name} fails on every completion: {outcomes[0][name].detail}")
-    parts |= _score_groups(scoring, problems, groups, {**traced, **parts}, asked)
+    parts = {name: np.zeros(asked.shape, np.float32) for name in (*scoring.host, *scoring.group)}
+    failed = {reason: np.zeros(asked.shape, bool) for reason in FAILURES if parts}
+    if scoring.host:
+        where = list(zip(*np.nonzero(asked), strict=True))
+        samples = [(problems[p], groups[p][g]) for p, g in where]
+        outcomes = score_here(scoring.host, samples) if scoring.pool is None else scoring.pool.score(samples)
+        for place, by_part in zip(where, outcomes, strict=True):
+            for name, outcome in by_part.items():
+                parts[name][place] = 0.0 if outcome.reward is None else in_array(mixture.value(outcome.reward))
+                if outcome.failure:
+                    failed[outcome.failure][place] = True
+        parts, failed = _agreed(parts, failed, outcomes, "completion", least=2)
+    if scoring.group:
+        told = {**traced, **{name: parts[name] for name in scoring.host}}
+        places = np.flatnonzero(asked.any(axis=1)).tolist()
+        samples = [(problems[p], (groups[p], _told(scoring, told, p, len(groups[p])))) for p in places]
+        rules: Any = {name: mixture.OfGroup(rule) for name, rule in scoring.group.items()}
+        outcomes = score_here(rules, samples) if scoring.group_pool is None else scoring.group_pool.score(samples)  # pyright: ignore
+        for p, by_part in zip(places, outcomes, strict=True):
+            for name, outcome in by_part.items():
+                if outcome.reward is not None:
+                    parts[name][p] = [in_array(value) for value in outcome.reward.parts.values()]
+                else:
+                    failed[outcome.failure][p] = True
+        parts, failed = _agreed(parts, failed, outcomes, "group", least=1)
     return HostScores(parts, failed, asked)
 
 
-def _score_groups(
-    scoring: Scoring,
-    problems: Sequence[Problem],
-    groups: Sequence[Sequence[Completion]],
-    parts: Mapping[str, Any],
-    asked: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """The parts that take a whole group, told of `parts`, [P, G] on the host."""
-    found = {name: np.zeros(asked.shape, np.float32) for name in scoring.group}
-    for p in np.flatnonzero(asked.any(axis=1)).tolist() if scoring.group else ():
-        known = [applying(parts, p, g) for g in range(len(groups[p]))]
-        gates = {name: gate for name, gate in scoring.gates.items() if gate in parts}  # none by what is not known yet
-        told = [Reward(mixture.total(row, scoring.weights, gates=gates), row) for row in known]
-        for name, rule in scoring.group.items():
-            rewards = rule(problems[p], groups[p], told)
-            if len(rewards) != len(told):
-                raise ValueError(f"the rule of config.reward.{name} gave {len(rewards)} rewards for the {len(told)} of a group")
-            found[name][p] = [in_array(reward) for reward in rewards]
-    return sharding.of_first_process(found) if found else {}
+Failed = dict[str, np.ndarray]
 
 
-def in_array(reward: Reward) -> float:
-    """What a rule's reward is in an array: NaN where it does not apply; a NaN of its own becomes inf, which ends the run."""
-    value = mixture.value(reward)
+def _agreed(
+    parts: dict[str, np.ndarray], failed: Failed, outcomes: Sequence[Mapping[str, Outcome]], what: str, *, least: int
+) -> tuple[dict[str, np.ndarray], Failed]:
+    """What the first process found, on all: every one scores, and what ran into a limit on one may not have done so on another."""
+    names = list(outcomes[0]) if len(outcomes) >= least else []
+    useless = {name: np.asarray(all(each[name].failure == "error" for each in outcomes)) for name in names}
+    parts, failed, useless = sharding.of_first_process((parts, failed, useless))
+    for name in names:
+        if useless[name]:
+            raise ValueError(f"the rule of config.reward.{name} fails on every {what}: {outcomes[0][name].detail}")
+    return parts, failed
+
+
+def _told(scoring: Scoring, parts: Mapping[str, Any], p: int, size: int) -> list[Reward]:
+    """What the rules of a group are told of each of its completions: the parts that are known, and their sum."""
+    rows = [applying(parts, p, g) for g in range(size)]
+    gates = {name: gate for name, gate in scoring.gates.items() if gate in parts}  # none by what is not known yet
+    return [Reward(mixture.total(row, scoring.weights, gates=gates), row) for row in rows]
+
+
+def in_array(value: float | None) -> float:
+    """What a part is in an array: NaN where it does not apply; a NaN of its own becomes inf, which ends the run."""
     return math.nan if value is None else math.inf if math.isnan(value) else value
 
 

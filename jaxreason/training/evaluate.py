@@ -53,7 +53,7 @@ def make_evaluate(
     def evaluate(params: Any) -> tuple[dict[str, float], Rows]:
         rows = [row for start in range(0, len(numbered), size) for row in answer(params, numbered[start : start + size])]
         metrics = summarise(task.name, rows, accuracy=config.accuracy)
-        for reason in FAILURES if scoring.host else ():
+        for reason in FAILURES if scoring.host or scoring.group else ():
             metrics[f"eval/{task.name}/failed/{reason}"] = float(np.mean([reason in row["failed"] for row in rows]))
         return metrics, rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pty
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxreason import naming, tasks
 from jaxreason.cli.main import main
+from jaxreason.rewards.finding import host_rules
 
 PLAY = ("play", "word_problems", "--task.heldout_size=2", "--task.max_changes=2")
 FIRST = "Ann has 6 coins."  # the first held-out problem begins so
@@ -29,7 +32,7 @@ SCRIPT = (
 )
 
 
-@pytest.mark.parametrize("command", ["play", "grade", "contamination"])
+@pytest.mark.parametrize("command", ["play", "grade", "contamination", "tasks", "rules"])
 def test_jax_is_not_imported(tmp_path, command):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "1 + 1?", "answer": "2", "completion": "2"}\n')
@@ -37,7 +40,7 @@ def test_jax_is_not_imported(tmp_path, command):
         "play": PLAY,
         "grade": ("grade", file, "--rule", "math.gsm8k_answer"),
         "contamination": ("contamination", "--train", "word_problems", "--draws", "5", "--evaluation", file),
-    }[command]
+    }.get(command, (command,))
     command_line = [sys.executable, "-c", SCRIPT, *map(str, words)]
     done = subprocess.run(command_line, input="37\n", capture_output=True, text=True, timeout=60)
     printed, _, after = done.stdout.partition("\x00")
@@ -87,7 +90,8 @@ class Terminal:
 def test_play_in_a_terminal():
     screen = Terminal(*PLAY)
     question = screen.until("> ")
-    assert "heldout/0" in question and "How many?" in question and "math.gsm8k_answer" in question
+    assert "heldout/0" in question and "How many?" in question
+    assert "math.gsm8k_answer: 1 if the completion's final answer equals" in question
     screen.type("the answer is 1000\n")
     assert "reward 0  (accuracy 0)" in screen.until("> ")
     screen.type(":answer\n")
@@ -130,20 +134,7 @@ def test_play_reads_a_pipe_and_problems_of_training():
     assert "> " not in done.stdout and "\x1b" not in done.stdout
 
 
-def test_play_tells_of_rows_that_are_left_out(tmp_path, monkeypatch, capsys):
-    import io
-
-    (tmp_path / "t.jsonl").write_text('{"question": 7}\n{"question": "1+1?", "answer": "2"}\n')
-    monkeypatch.setattr(sys, "stdin", io.StringIO(":quit\n"))
-    words = ["table", "--task.train=", f"--task.heldout={tmp_path / 't.jsonl'}", "--task.bad_rows=skip", "--workers", "0"]
-    assert main(["play", *words]) == 0
-    told = capsys.readouterr().out
-    assert "1 bad rows of task 'table' are left out: 1 missing column" in told and "t.jsonl:1: " in told
-
-
 def test_play_a_mixture_by_each_tasks_rule_where_all_have_one(tmp_path, monkeypatch, capsys):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("1000003\n:quit\n"))
     assert main(["play", "mixture", f"--task.tasks={MIXED}", "--workers", "0"]) == 0
     told = capsys.readouterr().out
@@ -159,8 +150,6 @@ def test_play_a_mixture_by_each_tasks_rule_where_all_have_one(tmp_path, monkeypa
 
 
 def test_a_rule_beyond_its_limit_is_told(monkeypatch, capsys):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO(LONG + "\n"))
     assert main([*PLAY, "--limit-seconds", "0.001"]) == 0
     assert "the rule failed by timeout" in capsys.readouterr().out
@@ -176,6 +165,7 @@ def test_a_rule_beyond_its_limit_is_told(monkeypatch, capsys):
         (("play", "word_problems", "--task.seed"), "--task.seed has no value: write --task.seed=VALUE"),
         (("play", "word_problems", "--rule", "math.gsm8k"), "--rule is 'math.gsm8k', which does not exist: did you mean"),
         (("play", "word_problems", "--rule", "traced.integer_answer"), "reads tokens inside the train step"),
+        (("play", "word_problems", "--rule", "length.kimi_length"), "which compares the completions of a group"),
         (("play", "word_problems", "--start", "999"), "--start is 999: expected the number of a problem, 0 to 255"),
         (("play", "word_problems", "--limit-seconds", "0"), "--limit-seconds is 0.0: expected more than 0"),
         (("play", "mixture", f"--task.tasks={MIXED}", "--rule.n=2"), "rules of their own: name one with --rule"),
@@ -183,6 +173,7 @@ def test_a_rule_beyond_its_limit_is_told(monkeypatch, capsys):
         (("grade", "x.jsonl", "--rule", "maths.gsm8k_answer"), "did you mean 'math.gsm8k_answer'?"),
         (("grade", "x.jsonl", "--rule", "math.gsm8k_answer", "--rule.limits=1"), "--rule has no key 'limits'"),
         (("grade", "x.jsonl", "--rule", "math.gsm8k_answer"), "there is no file 'x.jsonl'"),
+        (("grade", ".", "--rule", "math.gsm8k_answer"), "there is no file '.'"),
         (
             ("contamination", "--train", "gsm9k", "--evaluation", "x"),
             "--train is 'gsm9k', which does not exist: did you mean 'gsm8k'?",
@@ -206,6 +197,37 @@ def test_mistakes_are_one_sentence(words, says, capsys, tmp_path, monkeypatch):
     assert main(list(words)) == 2
     told = capsys.readouterr().err
     assert told.startswith("jaxreason: ") and says in told and told.count("\n") == 1
+
+
+def test_tasks_and_rules_are_listed_with_their_settings(capsys):
+    assert main(["tasks"]) == 0
+    shown = capsys.readouterr().out
+    for name in naming.wholly_named(tasks, "Task"):
+        assert f"\n{name}\n    " in f"\n{shown}"
+    assert "settings: seed=0, min_changes=2" in shown and "settings: train, heldout=''" in shown
+    assert main(["rules"]) == 0
+    shown = capsys.readouterr().out
+    for name in host_rules():
+        assert f"\n{name}\n    " in f"\n{shown}"
+    assert "settings: limit_seconds=3.0" in shown and "\nlength.kimi_length (of a group: in a config alone)\n" in shown
+    assert "[P, G]" not in shown and "traced." not in shown
+
+
+@pytest.mark.parametrize("command", ["play", "contamination"])
+def test_rows_that_are_left_out_are_told(tmp_path, capsys, monkeypatch, command):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"question": f"1 + {i}?", "answer": i + 1}) + "\n" for i in range(5)) + '{"question": "2"}\n'
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    name = "task" if command == "play" else "train"
+    kwargs = [f"--{name}.train={file}", f"--{name}.heldout_size=2", f"--{name}.bad_rows=skip"]
+    words = ["table"] if command == "play" else ["--train", "table", "--evaluation", "word_problems"]
+    assert main([command, *words, *kwargs]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "1 bad rows of task 'table' are left out: 1 missing column" in shown and f"{file}:6: there is no column 'answer'" in shown
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ grade
@@ -268,9 +290,26 @@ def test_grade_names_columns_settings_and_the_results_file(tmp_path, capsys):
     assert "is empty" in capsys.readouterr().err and not (tmp_path / "empty.graded.jsonl").exists()
 
 
-def test_a_rule_that_reads_tokens_needs_them(tmp_path, monkeypatch, capsys):
-    import io
+def test_a_part_that_applies_to_no_row_is_told(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"answer": "2", "completion": "<answer>1+1</answer>"}) + "\n")
+    assert main(["grade", str(file), "--rule", "arithmetic.countdown"]) == 0
+    assert "'accuracy' applies to no row" in capsys.readouterr().out
+    file.write_text(json.dumps({"answer": "2", "completion": "<answer>1+1</answer>", "metadata": {"numbers": [1, 1], "target": 2}}))
+    assert main(["grade", str(file), "--rule", "arithmetic.countdown"]) == 0
+    assert "applies to no row" not in capsys.readouterr().out
 
+
+def test_a_rule_that_raises_on_every_row_is_told_once(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"answer": "2", "completion": text}) + "\n" for text in "abc"))
+    assert main(["grade", str(file), "--rule", "pattern.matches", "--rule.pattern=(("]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert shown.err.startswith("jaxreason: pattern.matches fails on every row: ValueError: cannot compile the pattern '(('")
+
+
+def test_a_rule_that_reads_tokens_needs_them(tmp_path, monkeypatch, capsys):
     rule = ["--rule", "length.soft_overlong", "--rule.max_completion_tokens=8", "--rule.cache_tokens=4"]
     file = tmp_path / "rows.jsonl"
     file.write_text(

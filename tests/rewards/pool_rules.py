@@ -118,3 +118,14 @@ def sleeps(problem: Problem, completion: Completion, *, limit_seconds: float = 1
     """For as long as the text says, whatever its limit."""
     time.sleep(float(completion.text))
     return Reward(1.0)
+
+
+def of_a_group(problem, completions, rewards):
+    """By the problem: hangs, ends its process, raises, or says what each was told."""
+    if problem.id == "hangs":
+        time.sleep(60)
+    if problem.id == "ends":
+        os._exit(3)
+    if problem.id == "raises":
+        raise ValueError("not this one")
+    return [Reward(each.total, {"told": each.parts["a"]}) for each in rewards]

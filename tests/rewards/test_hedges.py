@@ -49,6 +49,19 @@ def test_one_marked_number_of_several(rule: RewardFn, text: str):
         assert rule(Problem("0", "", gold), Completion(text, (), StopReason.EOS)).total == 0
 
 
+@pytest.mark.parametrize("text", ["35 = 12", "12 = 35", r"35 \in 12", "6 = 35 = 12", "35! = 12", r"x = 35 = 12"])
+def test_an_equation_that_is_false(text: str):
+    assert not paid(math_answer, ["12", "35"], [text])
+    assert not paid(math_answer, ["12", "35"], [f"${text}$"])
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"), [("12", "3 + 9 = 12"), ("0.67", "2/3 = 0.67"), ("12", "x = 12"), ("12", "m + n = 5 + 7 = 12")]
+)
+def test_an_equation_that_is_true(gold: str, text: str):
+    assert len(paid(math_answer, [gold], [text])) == len(MARKS)
+
+
 LETTERS = [
     "A B C D", "A, B", "A, or B", "A or B", "A/B", "A;B", "A | B", "(A)(B)", "(A) (B) (C)", "A. B. C. D.", "A and B", "A & B",
     "A (or B)",

@@ -151,3 +151,17 @@ def test_degenerate_text_takes_linear_time(piece: str):
     """Not timed: with a quadratic step, 10^10 or more of them, it would not end."""
     found = share(piece * DEGENERATE[piece], "zh")
     assert found is None or 0 <= found <= 1
+
+
+def test_nothing_is_hidden_in_code_or_formulas():
+    hidden = "\u4f60\u597d\u4f60\u597d"
+    for text in (
+        f"`{hidden}` yes ok",
+        f"${hidden}$ yes ok",
+        f"\\text{{a}} \\[ x = {hidden} \\] yes ok",
+        f"```\nx = 1  # {hidden}\n```\nyes ok",
+    ):
+        completion = Completion(f"<think>{text}</think>", (), StopReason.EOS)
+        assert language_consistency(Problem("1", "", ""), completion, language="en").total <= 0.5, text
+    formulas = Completion("<think>so $\\alpha x = 3$ and `print(x)` hold</think>", (), StopReason.EOS)
+    assert language_consistency(Problem("1", "", ""), formulas, language="en").total == 1

@@ -12,6 +12,7 @@ import sys
 import threading
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -24,10 +25,19 @@ from jaxreason.types import Completion, Problem, StopReason
 
 pytest.importorskip("math_verify", reason="needs math-verify: pip install 'jaxreason[math]'")
 HERE = Path(__file__).parent
-SPECIFICATION = importlib.util.spec_from_file_location("math_cases", HERE / "math_cases.py")
-assert SPECIFICATION is not None and SPECIFICATION.loader is not None
-CASES = importlib.util.module_from_spec(SPECIFICATION)
-SPECIFICATION.loader.exec_module(CASES)
+
+
+def _cases(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+CASES = [_cases("math_cases"), _cases("math_cases_of_models")]
+RIGHT = [(kind, pairs) for module in CASES for kind, pairs in module.RIGHT.items()]
+WRONG = [(kind, pairs) for module in CASES for kind, pairs in module.WRONG.items()]
 
 
 def score(gold: str, text: str, **settings: float) -> float:
@@ -36,16 +46,16 @@ def score(gold: str, text: str, **settings: float) -> float:
     return reward.total
 
 
-@pytest.mark.parametrize("kind", CASES.RIGHT)
-def test_right_answers_are_right(kind: str):
-    wrong = [(gold, text) for gold, text in CASES.RIGHT[kind] if score(gold, text) != 1]
-    assert not wrong
+@pytest.mark.parametrize(("kind", "pairs"), RIGHT)
+def test_right_answers_are_right(kind: str, pairs: list[tuple[str, str]]):
+    wrong = [(gold, text) for gold, text in pairs if score(gold, text) != 1]
+    assert not wrong, kind
 
 
-@pytest.mark.parametrize("kind", CASES.WRONG)
-def test_wrong_answers_are_wrong(kind: str):
-    right = [(gold, text) for gold, text in CASES.WRONG[kind] if score(gold, text) != 0]
-    assert not right
+@pytest.mark.parametrize(("kind", "pairs"), WRONG)
+def test_wrong_answers_are_wrong(kind: str, pairs: list[tuple[str, str]]):
+    right = [(gold, text) for gold, text in pairs if score(gold, text) != 0]
+    assert not right, kind
 
 
 def test_a_reference_without_an_answer_is_not_judged():

@@ -182,7 +182,7 @@ def test_a_group_rule_is_told_the_gated_total():
     traced = {"a": np.asarray([[1.0, 1.0]]), "b": np.asarray([[np.nan, 3.0]])}
     score_on_host(scoring, [PROBLEM], [[done(""), done("")]], traced=traced)
     assert told == [Reward(0.0, {"a": 1.0, "b": None}), Reward(7.0, {"a": 1.0, "b": 3.0})]  # no gate by what comes later
-    with pytest.raises(ValueError, match="config.reward.g gave 1 rewards for the 2 of a group"):
+    with pytest.raises(ValueError, match="config.reward.g fails on every group: ValueError: it gave 1 rewards for the 2"):
         few = scoring._replace(group={"g": lambda *given: [Reward(0.0)]})
         score_on_host(few, [PROBLEM], [[done(""), done("")]], traced=traced)
 

@@ -44,7 +44,7 @@ def test_its_own_answers_are_right_and_no_text_raises(names: tuple[str, ...] | N
     unanswered = set()
     for name in names or sorted(known()):
         task = made(name)
-        assert task.rule == "gym.gym_score" and task.name == f"gym_{name}"
+        assert task.rule == "gym.gym_solved" and task.name == f"gym_{name}"
         for problem in [*task.heldout, *(task.train(number) for number in range(3))]:
             assert pickle.loads(pickle.dumps(problem)) == problem
             if problem.answer:

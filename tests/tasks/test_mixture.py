@@ -83,6 +83,16 @@ def test_a_finite_task_goes_through_shuffled_epochs(tmp_path: Path) -> None:
     assert task.words == ()  # gsm8k's own words are not closed
 
 
+def test_a_prompt_that_a_closed_vocabulary_does_not_hold_is_refused(tmp_path: Path) -> None:
+    config: Any = configs.default()
+    config.task.name = "countdown"
+    config.task.kwargs = ConfigDict({"prompt": "think_expression", "heldout_size": 2})
+    config.sampling.max_prompt_tokens = 200
+    config.reward.accuracy = configs.part("traced.countdown")
+    with pytest.raises(ValueError, match="the prompts of task 'countdown' hold 'First', .* set prompt to 'as_it_is'"):
+        build(configs.from_config_dict(config), tmp_path, devices=jax.devices()[:1])
+
+
 def test_too_long_prompts_of_a_finite_task_are_left_out_of_a_run(tmp_path: Path) -> None:
     config: Any = configs.default()
     config.task.name = "mixture"

@@ -225,6 +225,16 @@ def test_heldout_problems_differ_and_are_never_trained_on(family: Any, count: in
     assert len(trained) > 100
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "short strings"])
+def test_a_template_is_put_around_the_question(name: str) -> None:
+    make, settings, _, _ = FAMILIES[name]
+    task = make(**(settings | {"prompt": "think_expression", "heldout_size": 1}))
+    (message,) = task.messages(task.heldout[0])
+    assert message["content"].startswith(task.heldout[0].question) and "an arithmetic expression alone" in message["content"]
+    with pytest.raises(ValueError, match="prompt is 'boxd', which is no template: did you mean 'boxed'"):
+        make(**(settings | {"prompt": "boxd"}))
+
+
 def test_another_seed_trains_on_no_heldout_problem_of_this_one() -> None:
     ours, theirs = (tasks.game24(seed=seed) for seed in (0, 1))
     heldout = {same_numbers(problem) for problem in ours.heldout}

@@ -306,6 +306,7 @@ class Quiet:
     def close(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_run_whose_completions_end_at_a_stop_string(tmp_path: Path) -> None:
     """Each is a digit and then "=7", which is fed: the rule on the host sees the digit alone, for what follows is cut."""
     file = str(Path(__file__).parents[1] / "short_run.py")

@@ -35,7 +35,7 @@ def policy(folder: Path, **settings: Any) -> Any:
     return Policy(folder, **settings)
 
 
-@pytest.mark.parametrize(("name", "length"), [("whole", 2048), ("short", 48)])
+@pytest.mark.parametrize(("name", "length"), [("whole", 2048), pytest.param("short", 48, marks=pytest.mark.slow)])
 def test_the_harness_finds_what_it_finds_with_transformers(
     folder: Path, name: str, length: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

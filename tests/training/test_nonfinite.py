@@ -85,6 +85,7 @@ def runs_done(workdir: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_a_reward_that_is_none_stops_before_its_step_is_saved(tmp_path: Path) -> None:
     options = ["--config.supervised.phases.base.steps=0", "--config.supervised.phases.cold_start.steps=0"]

@@ -22,6 +22,7 @@ import pytest
 from jaxreason import config as configs
 from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import run as runs
+from jaxreason.rewards import mixture
 from jaxreason.rewards.pool import Pool
 from jaxreason.training.collect import Scoring, score_on_host
 from jaxreason.training.metrics import RunLog, read_jsonl
@@ -131,6 +132,20 @@ def test_a_rule_that_fails_on_every_completion_ends_the_run() -> None:
     with pytest.raises(ValueError, match=sentence):
         score_on_host(scoring, problems, [group])
     assert score_on_host(scoring, problems, [group[:1]]).shares()["error"] == 1.0  # of one nobody can tell
+
+
+def test_a_group_rule_that_hangs_ends_or_raises_costs_its_group_alone(bad_rules: ModuleType) -> None:
+    names = ["fine", "hangs", "ends", "raises", "fine too"]
+    groups = [[Completion("x", (0,), StopReason.EOS)] * 2 for _ in names]
+    traced = {"a": np.asarray([[1.0, np.nan]] * 5, np.float32)}
+    rules = {"g": bad_rules.of_a_group}
+    with Pool({"g": mixture.OfGroup(rules["g"])}, workers=1, limit_seconds=0.3) as pool:
+        scoring = Scoring({}, {}, {"a": 1.0, "g": 1.0}, frozenset(), group=rules, group_pool=pool)
+        scores = score_on_host(scoring, [Problem(name, "", "") for name in names], groups, traced=traced)
+        np.testing.assert_array_equal(scores.parts["g"], [[1, np.nan], [0, 0], [0, 0], [0, 0], [1, np.nan]])
+        assert scores.shares() == {"timeout": 0.2, "crash": 0.2, "memory": 0.0, "error": 0.2}
+        with pytest.raises(ValueError, match="the rule of config.reward.g fails on every group: ValueError: not this one"):
+            score_on_host(scoring, [Problem("raises", "", "")] * 5, groups, traced=traced)
 
 
 TWO = """
