@@ -340,7 +340,7 @@ def test_long_prompts_are_left_out_or_cut_or_refused(tmp_path):
     )
     lengths = [len(row) for row in whole.tokenizer.encode_prompts([whole.task.messages(each) for each in whole.task.heldout])]
     long = sum(length > 20 for length in lengths)
-    assert 0 < long < 40 and left.overlong == cut.overlong == long and whole.overlong == 0
+    assert 0 < long < 40 and left.overlong.count == cut.overlong.count == long and whole.overlong.count == 0
     assert (len(left.task.heldout), len(cut.task.heldout)) == (40 - long, 40)
 
     numbered = list(enumerate(cut.task.heldout))
@@ -354,7 +354,7 @@ def test_long_prompts_are_left_out_or_cut_or_refused(tmp_path):
     finite = dataclasses.replace(whole.task, train=whole.task.heldout.__getitem__, train_size=40)
     for each, size in ((left, 40 - long), (cut, 40)):
         stream, overlong = experiments.training_stream(each._replace(task=finite))
-        assert overlong == long and len({problem.id for _, problem in stream(0, size)}) == size
+        assert overlong.count == long and len({problem.id for _, problem in stream(0, size)}) == size
     refusing = dataclasses.replace(left.config, sampling=dataclasses.replace(left.config.sampling, overlong="refuse"))
     with pytest.raises(ValueError, match=rf"{long} of 40 training prompts are longer than max_prompt_tokens = 20"):
         experiments.training_stream(left._replace(task=finite, config=refusing))

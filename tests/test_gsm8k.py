@@ -127,6 +127,9 @@ def test_bad_rows_are_told_and_kept_in_the_runs_folder(trained, marred, data):
     assert [sentence.split(": ")[0] for sentence in told["first"]] == [f"{marred}/train.jsonl:{rows + n}" for n in (1, 2)]
     assert "2 bad rows of task 'gsm8k' are left out: 1 unparsable answer, 1 missing column" in " ".join(printed.split())
     assert f"train.jsonl:{rows + 1}:" in "".join(printed.split())
+    for side, split in (("training", "train"), ("held-out", "test")):
+        long = told["overlong"][side]
+        assert long["count"] > 0 and all(f"/{split}.jsonl" in place for place in long["first"])
 
 
 def test_prompts_are_what_transformers_renders(model, data):

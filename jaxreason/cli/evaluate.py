@@ -58,7 +58,7 @@ def run(given: argparse.Namespace) -> int:
     out = given.out or _default_out(given, e, asked, source if is_run else "")
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
     fate = "cut" if config.sampling.overlong == "cut" else "left out"
-    overlong = f" ({e.overlong} {fate}: their prompts are too long)" if e.overlong else ""
+    overlong = f" ({e.overlong.count} {fate}: their prompts are too long)" if e.overlong.count else ""
     for sentence in e.task.skipped.told(e.task.name):
         console.print(visible(sentence), markup=False)
     count = min(len(e.task.heldout), asked.problems or len(e.task.heldout))

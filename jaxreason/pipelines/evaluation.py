@@ -124,7 +124,7 @@ def evaluate(
         "config": configs.to_dict(e.config),
         "counts": {
             "problems": len(problems),
-            "overlong_problems": e.overlong,
+            "overlong_problems": e.overlong.count,
             "skipped_rows": dict(e.task.skipped.counts),
             "completions": len(rows),
             "failed": dict(Counter(reason for row in rows for reason in row["failed"])),  # in which a rule failed

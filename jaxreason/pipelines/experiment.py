@@ -35,6 +35,14 @@ from jaxreason.training.step import PROVIDED
 from jaxreason.types import Problem
 
 INITIALISING = 1  # what the seed's key is folded with for random weights
+SHOWN = 3  # of the problems whose prompts are too long
+
+
+class Overlong(NamedTuple):
+    """Problems whose prompts are too long: how many, and where the first few are from."""
+
+    count: int = 0
+    first: tuple[str, ...] = ()
 
 
 class Experiment(NamedTuple):
@@ -51,7 +59,7 @@ class Experiment(NamedTuple):
     scoring: Scoring
     source: Path | None  # the checkpoint's folder, where there is one
     stop: StopStrings | None  # strings that end completions
-    overlong: int  # held-out problems whose prompts are too long, which are cut, or `task` no longer has
+    overlong: Overlong  # of the held-out problems; they are cut, or `task` no longer has them
 
 
 def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
@@ -157,17 +165,18 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
 
 def _kept(
     problems: Sequence[Problem], kind: str, task: Task, tokenizer: Tokenizer, sampling: SamplingConfig
-) -> tuple[list[int], int]:
-    """The indices of the problems to use, and how many have prompts that are too long; a ValueError where those are refused."""
+) -> tuple[list[int], Overlong]:
+    """The indices of the problems to use, and those whose prompts are too long; a ValueError where these are refused."""
     limit = sampling.max_prompt_tokens
     rows = tokenizer.encode_prompts([task.messages(problem) for problem in problems])
     fitting = [index for index, row in enumerate(rows) if len(row) <= limit]
-    overlong = len(rows) - len(fitting)
-    if overlong and sampling.overlong == "refuse":
+    long = [problem.id for problem, row in zip(problems, rows, strict=True) if len(row) > limit]
+    overlong = Overlong(len(long), tuple(task.places.get(each, each) for each in long[:SHOWN]))
+    if long and sampling.overlong == "refuse":
         raise ValueError(
-            f"config.sampling.overlong is 'refuse', and {overlong} of {len(rows)} {kind} prompts are longer than "
-            f"max_prompt_tokens = {limit}, the longest {max(map(len, rows))} tokens: raise that, or set overlong to 'cut' or "
-            "'leave_out'"
+            f"config.sampling.overlong is 'refuse', and {len(long)} of {len(rows)} {kind} prompts are longer than "
+            f"max_prompt_tokens = {limit}, the first that of {overlong.first[0]}, the longest {max(map(len, rows))} tokens: "
+            "raise that, or set overlong to 'cut' or 'leave_out'"
         )
     return list(range(len(rows))) if sampling.overlong == "cut" else fitting, overlong
 
@@ -226,19 +235,19 @@ def evaluator(experiment: Experiment) -> Evaluate:
     )
 
 
-def training_stream(experiment: Experiment) -> tuple[Stream, int]:
-    """The stream of training problems, and how many have a prompt that is too long; of an endless stream that is not known."""
+def training_stream(experiment: Experiment) -> tuple[Stream, Overlong]:
+    """The stream of training problems, and those whose prompts are too long; of an endless stream that is not known."""
     e = experiment
     if e.task.restrict is not None:
-        numbers, overlong = {}, 0
+        numbers, overlong = {}, Overlong()
         for label, part in e.task.parts.items():
             if part.train_size is not None:
                 problems = [part.train(number) for number in range(part.train_size)]
                 numbers[label], left_out = _kept(problems, f"training ({label})", part, e.tokenizer, e.config.sampling)
-                overlong += left_out
+                overlong = Overlong(overlong.count + left_out.count, (*overlong.first, *left_out.first)[:SHOWN])
         return problem_stream(e.task.restrict(numbers), numbers=None, seed=e.config.seed), overlong
     if e.task.train_size is None:
-        return problem_stream(e.task.train, numbers=None, seed=e.config.seed), 0
+        return problem_stream(e.task.train, numbers=None, seed=e.config.seed), Overlong()
     if not e.task.train_size:
         raise ValueError(
             f"task '{e.task.name}' has no problems to train on: name their split or file, where it has one, or another task"
@@ -248,7 +257,7 @@ def training_stream(experiment: Experiment) -> tuple[Stream, int]:
     return problem_stream(e.task.train, numbers=kept, seed=e.config.seed), overlong
 
 
-def curriculum_pool(e: Experiment, overlong: int) -> int:
+def curriculum_pool(e: Experiment, overlong: Overlong) -> int:
     """How many training problems a curriculum chooses from; a ValueError where the config does not say, or asks for too many."""
     pool, size = e.config.online.curriculum.pool, e.task.train_size
     if size is None:
@@ -258,7 +267,7 @@ def curriculum_pool(e: Experiment, overlong: int) -> int:
                 "again: set it to how many of them to go through, such as 1000"
             )
         return pool
-    size -= overlong if e.config.sampling.overlong != "cut" else 0
+    size -= overlong.count if e.config.sampling.overlong != "cut" else 0
     if pool > size:
         raise ValueError(
             f"config.online.curriculum.pool is {pool}, and the task has {size} training problems: lower it, or set it to 0"

@@ -19,6 +19,7 @@ from jaxreason.data.loader import Stream
 from jaxreason.models import huggingface, lora, spec
 from jaxreason.pipelines.experiment import (
     Experiment,
+    Overlong,
     build,
     check_attention,
     curriculum_pool,
@@ -82,14 +83,17 @@ def _stages(e: Experiment, workdir: Path, *, begun: float, progress: Progress, s
         curriculum_pool(e, overlong)  # what is wrong with it is said before anything is trained
     progress.message(describe(e))
     fate = "cut at their beginning" if config.sampling.overlong == "cut" else "left out"
-    if e.task.skipped.counts:
-        log.write_json("skipped_rows.json", {"counts": dict(e.task.skipped.counts), "first": list(e.task.skipped.first)})
+    sides = {"training": overlong, "held-out": e.overlong}
+    long = {kind: each._asdict() for kind, each in sides.items() if each.count}
+    if e.task.skipped.counts or long:
+        left_out = {"counts": dict(e.task.skipped.counts), "first": list(e.task.skipped.first), "overlong": long}
+        log.write_json("skipped_rows.json", left_out)
     for sentence in e.task.skipped.told(e.task.name):
         progress.message(sentence)
-    for kind, count in (("training", overlong), ("held-out", e.overlong)):
-        if count:
-            limit = config.sampling.max_prompt_tokens
-            progress.message(f"{count} {kind} problems are {fate}: their prompts are longer than max_prompt_tokens = {limit}")
+    for kind, each in sides.items():
+        if each.count:
+            why = f"their prompts are longer than max_prompt_tokens = {config.sampling.max_prompt_tokens}"
+            progress.message(f"{each.count} {kind} problems are {fate}: {why} (first: {', '.join(each.first)})")
 
     # ---- supervised phases
     params, base = initial_params(e), None
@@ -196,7 +200,7 @@ def _online(
     progress: Progress,
     stop: Callable[[], bool],
     frozen: Any = None,
-    overlong: int = 0,
+    overlong: Overlong,
 ) -> supervised.Outcome:
     """The reinforcement stage; with LoRA `frozen` is the reference, and holds the weights beneath the adapters."""
     config = e.config.online

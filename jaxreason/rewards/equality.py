@@ -345,9 +345,8 @@ def _unnamed(text: str, other: str) -> str | None:
         return sides[0] if len(sides) == 1 and sides[0] != text else None
     if not set(signs) <= {"=", "\\approx", "\\in", "\\equiv"} or not _names_a_value(sides[0]):
         return sides[0] if set(signs) == {"="} and len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else None
-    values = [number for number in map(exact.value, sides) if number is not None]
-    if set(signs) <= {"=", "\\in"} and values and 100 * (max(values) - min(values)) > max(map(abs, values)):
-        return None  # 35 = 12 says two things; 2/3 = 0.67 is one, rounded
+    if "\\in" in signs and exact.value(sides[0]) is not None:
+        return None  # a number is in no number
     return sides[0] if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else sides[-1]
 
 

@@ -210,7 +210,7 @@ def _played(data_dir: str, *, heldout_size: int, bad_rows: str, prompt: str) -> 
     )
 
 
-def _hand(row: Values, number: int) -> tuple[int, tuple[int, ...]]:
+def _hand(row: Values, number: int, where: str) -> tuple[int, tuple[int, ...]]:
     """A puzzle's rank from 1 on, and its numbers."""
     text = row.get("puzzle")
     if not isinstance(text, str) or not re.fullmatch(r"\s*[1-9][0-9]?(\s+[1-9][0-9]?){3}\s*", text):

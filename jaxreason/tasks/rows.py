@@ -95,8 +95,10 @@ def read_hub(name: str, split: str, *, config: str = "", revision: str = "") -> 
             yield Row(f"{name}/{split}:{number}", values)
 
 
-def gather(rows: Iterable[Row], convert: Callable[[Values, int], T], *, bad_rows: str, source: str) -> tuple[list[T], list[Left]]:
-    """convert(values, number) of every good row, numbers from 0 and counting bad ones too; and the rows left out.
+def gather(
+    rows: Iterable[Row], convert: Callable[[Values, int, str], T], *, bad_rows: str, source: str
+) -> tuple[list[T], list[Left]]:
+    """convert(values, number, where) of every good row, numbers from 0 and counting bad ones too; and the rows left out.
 
     `bad_rows` is 'fatal' (a ValueError names the first bad row) or 'skip'. Without a single good row there is no data set:
     that is a ValueError too.
@@ -109,7 +111,7 @@ def gather(rows: Iterable[Row], convert: Callable[[Values, int], T], *, bad_rows
         try:
             if isinstance(values, BadRow):
                 raise values
-            good.append(convert(values, number))
+            good.append(convert(values, number, where))
         except BadRow as bad:
             if bad_rows == "fatal":
                 raise ValueError(f"{where}: {bad}; mend the row, or set bad_rows to 'skip', which leaves out and counts") from None

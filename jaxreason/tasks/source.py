@@ -129,11 +129,14 @@ def load(
         raise ValueError("heldout_split is '': name the split that is held out, or the training one, which is then cut in two")
     template = conversation.read_prompt(prompt)
     left: list[Left] = []
+    places: dict[str, str] = {}
 
     def rows(split: str) -> list[Made]:
-        def convert(values: Values, number: int) -> Made:
+        def convert(values: Values, number: int, where: str) -> Made:
             said = data_set.question(values)
-            return Made(Problem(f"{split}/{number}", said.question, said.answer, data_set.name, said.metadata), said)
+            problem = Problem(f"{split}/{number}", said.question, said.answer, data_set.name, said.metadata)
+            places[problem.id] = where
+            return Made(problem, said)
 
         made, out = gather(read(split), convert, bad_rows=bad_rows, source=f"split '{split}' of '{data_set.name}'")
         left.extend(out)
@@ -162,6 +165,7 @@ def load(
         preferences=pairs if any(pairs.values()) else {},
         step_labels=labels if any(labels.values()) else {},
         skipped=skipped(left),
+        places=places,
     )
 
 

@@ -43,6 +43,7 @@ class Task:
     preferences: Mapping[str, Sequence[Preference]] = field(default_factory=dict)  # 'train' and 'heldout' -> pairs
     step_labels: Mapping[str, Sequence[StepLabels]] = field(default_factory=dict)  # 'train' and 'heldout' -> chains
     skipped: Skipped = field(default_factory=Skipped)
+    places: Mapping[str, str] = field(default_factory=dict)  # a problem's id -> the file and line, or the row, that it is from
     rules: Mapping[str, str] = field(default_factory=dict)  # of a mixture: a problem's `task` -> the rule that scores it
     parts: Mapping[str, Task] = field(default_factory=dict)  # of a mixture: a problem's `task` -> that task
     # of a mixture: its `train` with only these problems of each finite task, such as those whose prompts fit

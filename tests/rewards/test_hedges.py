@@ -49,10 +49,11 @@ def test_one_marked_number_of_several(rule: RewardFn, text: str):
         assert rule(Problem("0", "", gold), Completion(text, (), StopReason.EOS)).total == 0
 
 
-@pytest.mark.parametrize("text", ["35 = 12", "12 = 35", r"35 \in 12", "6 = 35 = 12", "35! = 12", r"x = 35 = 12"])
-def test_an_equation_that_is_false(text: str):
-    assert not paid(math_answer, ["12", "35"], [text])
-    assert not paid(math_answer, ["12", "35"], [f"${text}$"])
+@pytest.mark.parametrize(("text", "last"), [("35 = 12", "12"), ("12 = 35", "35"), ("6 = 12 = 35", "35"), ("x = 12 = 35", "35")])
+def test_of_an_equation_the_last_side_alone_counts(text: str, last: str):
+    """So writing two numbers pays no more than writing one."""
+    assert {gold for gold, _ in paid(math_answer, ["12", "35"], [text, f"${text}$"])} == {last}
+    assert not paid(math_answer, ["12", "35"], [r"35 \in 12"])
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def reinforce(experiment: experiments.Experiment, workdir: Path, *, broken_at: i
         experiments.initial_params(experiment),
         workdir,
         stream=experiments.training_stream(experiment)[0],
-        overlong=0,
+        overlong=experiments.Overlong(),
         evaluate=lambda params: ({}, []),
         log=RunLog(workdir),
         progress=Silent(),

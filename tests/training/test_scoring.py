@@ -99,7 +99,8 @@ def test_what_fails_is_counted_and_no_step_is_lost(bad_rules: ModuleType, tmp_pa
         assert len(rows) == 6
         assert [metrics[f"eval/word_problems/failed/{reason}"] for reason in REASONS] == pytest.approx(shares(rows))
         told = {"evaluate": lambda params: ({}, []), "log": RunLog(tmp_path), "progress": Silent(), "stop": lambda: False}
-        runs._online(experiment, params, tmp_path, stream=experiments.training_stream(experiment)[0], overlong=0, **told)
+        stream, overlong = experiments.training_stream(experiment)
+        runs._online(experiment, params, tmp_path, stream=stream, overlong=overlong, **told)
     steps, rollouts = read_jsonl(tmp_path / "metrics.jsonl"), read_jsonl(tmp_path / "rollouts.jsonl")
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
