@@ -32,14 +32,14 @@ _LATEX_NOISE = re.compile(r"\\[!,;:$% ]|\{,\}|[$~]")
 _LETTER = re.compile(r"\$?(?:\\(?:text|textbf|mathrm|mathbf)\{\s*)?\(?([A-J])\)?\.?\s*\}?\$?")
 
 
-def math_answer(problem: Problem, completion: Completion, *, limit_seconds: float = 3.0) -> Reward:
+def math_answer(problem: Problem, completion: Completion, *, limit_seconds: float = 2.7) -> Reward:
     r"""1 if the completion's final answer is mathematically `problem.answer`; else 0.
 
     The reference may be bare LaTeX or text, `$...$`, a box, a whole solution, or GSM8K's with `####`. Numbers are compared
     exactly, tuples in order, lists of solutions in any; a letter from A to J is a choice; units, currency and degree signs
     may be left out, and 50% is 50 and 1/2. Symbols need math-verify (the extra `math`). What takes longer than
     `limit_seconds` is wrong: in the main thread a timer sees to it; elsewhere only the bounds on what is evaluated do, so
-    run the rule in worker processes.
+    run the rule in worker processes, whose 3 seconds leave it time to say so.
     Raises ValueError if math-verify is needed and absent. The part is None where the reference holds no answer.
     """
     reference = find_reference(problem.answer)

@@ -40,7 +40,7 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # a rule that goes through a set says the same in every run
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),  # there is a worker for each core
 }
-SPARE = 1.0  # seconds: for a rule to keep a limit of its own before its worker is killed
+SPARE = 0.1  # of a rule's own limit, so much more: to keep it before its worker is killed
 _STARTS = 3  # without one answer between them
 
 
@@ -53,7 +53,7 @@ class Pool:
     def __init__(
         self, rules: Mapping[str, RewardFn], *, workers: int = 2, limit_seconds: float = 3.0, memory_mb: int = 2048
     ) -> None:
-        """A rule with a `limit_seconds` of its own, such as one that runs programs, has that time and a second more.
+        """A rule with a `limit_seconds` of its own, such as one that runs programs, has that time and a tenth more.
 
         `memory_mb` is the address space in MiB that samples may add to a worker; 0: no limit.
         """
@@ -64,7 +64,7 @@ class Pool:
         self._names = tuple(rules)
         pickled = [(name, _pickled(name, rule)) for name, rule in rules.items()] if workers else []
         own = map(own_limit, rules.values())
-        limits = [max(limit_seconds, each + SPARE) if each else limit_seconds for each in own]
+        limits = [max(limit_seconds, (1 + SPARE) * each) for each in own]
         self._setup = Setup(pickled, workers, limits, memory_mb)
         self._process: subprocess.Popen[bytes] | None = None
         self._end: socket.socket | None = None

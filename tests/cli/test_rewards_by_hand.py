@@ -209,7 +209,7 @@ def test_tasks_and_rules_are_listed_with_their_settings(capsys):
     shown = capsys.readouterr().out
     for name in host_rules():
         assert f"\n{name}\n    " in f"\n{shown}"
-    assert "settings: limit_seconds=3.0" in shown and "\nlength.kimi_length (of a group: in a config alone)\n" in shown
+    assert "settings: limit_seconds=2.7" in shown and "\nlength.kimi_length (of a group: in a config alone)\n" in shown
     assert "[P, G]" not in shown and "traced." not in shown
 
 
