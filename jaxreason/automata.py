@@ -13,11 +13,12 @@ Absent on purpose: anchors, back-references and lookaround, which are either poi
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+State = TypeVar("State")
 DEAD = 0
 NONE, STEP, STOP = 0, 1, 2  # what a search finds, the stronger the larger
 INTEGER = r"-?[0-9]+"
@@ -142,6 +143,19 @@ def byte_columns(vocabulary: Sequence[bytes | None]) -> Iterator[tuple[np.ndarra
     for position in range(int(length.max(initial=0))):
         ids = np.flatnonzero(length > position)
         yield ids, data[first[ids] + position]
+
+
+def numbered(start: State, follow: Callable[[State, int], State], *, symbols: int) -> tuple[list[State], np.ndarray]:
+    """The states that are met from `start`, by number from 0, and their transitions [S, symbols] int32."""
+    order, index, rows = [start], {start: 0}, []
+    for state in order:  # grows while we read it
+        row = [follow(state, symbol) for symbol in range(symbols)]
+        for after in row:
+            if after not in index:
+                index[after] = len(order)
+                order.append(after)
+        rows.append([index[after] for after in row])
+    return order, np.array(rows, dtype=np.int32)
 
 
 def merge_columns(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-from jaxreason.automata import byte_columns, compile_regex, merge_columns
+from jaxreason.automata import byte_columns, compile_regex, merge_columns, numbered
 from jaxreason.batch import PromptBatch
 from jaxreason.rewards.arithmetic import DECIMALS, INTEGER_DIGITS
 from jaxreason.rewards.traced.lifted import TracedRule, before_eos, checked_eos, look_up, reachable, time_first, without
@@ -163,17 +163,7 @@ class _TagMachine:
 
     def __init__(self, opening: bytes, closing: bytes):
         self.opening, self.closing = opening, closing
-        order = [(0, _OUTSIDE)]
-        index = {order[0]: 0}
-        rows = []
-        for state in order:  # grows while we read it
-            row = [self.follow(state, byte) for byte in range(256)]
-            for after in row:
-                if after not in index:
-                    index[after] = len(order)
-                    order.append(after)
-            rows.append([index[after] for after in row])
-        self.transitions = np.array(rows, dtype=np.int32)
+        order, self.transitions = numbered((0, _OUTSIDE), self.follow, symbols=256)
         self.is_closed = np.array([place == _CLOSED for _, place in order])
         self.is_opened = np.array([matched == len(opening) for matched, _ in order])
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxreason.automata import DEAD, byte_columns, compile_regex, lift, merge_columns, think_answer_pattern
+from jaxreason.automata import DEAD, byte_columns, compile_regex, lift, merge_columns, numbered, think_answer_pattern
 from jaxreason.batch import PromptBatch
 
 _TOO_LARGE = 2**31 + 1  # a magnitude that no int32 has: where the value saturates
@@ -167,17 +167,7 @@ class _IntegerMachine:
                 "empty, and the closing one may not begin with a digit, a minus or white space"
             )
         self.opening, self.closing = opening, closing
-        order = [(0, _OUTSIDE, False)]
-        index = {order[0]: 0}
-        rows = []
-        for state in order:  # grows while we read it
-            row = [self.follow(state, byte) for byte in range(257)]
-            for after in row:
-                if after not in index:
-                    index[after] = len(order)
-                    order.append(after)
-            rows.append([index[after] for after in row])
-        self.transitions = np.array(rows, dtype=np.int32)
+        order, self.transitions = numbered((0, _OUTSIDE, False), self.follow, symbols=257)
         self.closed = np.array([place == _CLOSED for _, place, _ in order])
         self.negative = np.array([minus for *_, minus in order])
         # The value is written on a digit inside the answer, wiped when a tag opens, and else kept.
