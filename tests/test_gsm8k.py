@@ -182,6 +182,7 @@ def test_the_policy_folder_is_a_model(trained, model):
     assert load_tokenizer(policy).hf.get_vocab() == load_tokenizer(model).hf.get_vocab()
 
 
+@pytest.mark.slow
 def test_evaluate_sample_and_export(trained, one_device, tmp_path):
     folder, _ = trained
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -335,7 +335,8 @@ def undisturbed_run(start: Any, workdir: Path, *options: str) -> tuple[Path, flo
     return workdir / "run", seconds
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(5, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(2, 0), (5, 1)])
+@pytest.mark.slow
 def test_kill_9_at_random_moments(start: Any, undisturbed_process: Any, tmp_path: Path, kills: int, seed: int) -> None:
     killed_and_compared(start, *undisturbed_process, tmp_path, kills=kills, seed=seed)
 
@@ -373,7 +374,8 @@ def killed_and_compared(start: Any, expected: Path, seconds: float, tmp_path: Pa
         finished += 1
 
 
-@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "flipped")), "half-written"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["truncated", "flipped", "half-written"])
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     start: Any, undisturbed_process: Any, tmp_path: Path, how: str
 ) -> None:

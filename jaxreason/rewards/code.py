@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxreason.rewards import sandbox
+from jaxreason.rewards.format import answered
 from jaxreason.rewards.sandbox import Isolation, Job, Limits, Verdict
 from jaxreason.types import Completion, Problem, Reward
 
@@ -85,10 +86,7 @@ def program(text: str) -> str:
     It is the last fenced block that says it is Python, or else the last that does not say what it is; a text without any
     fence is a program as it is.
     """
-    text = text.rpartition("</think>")[2]
-    opened = text.rfind("<answer>")
-    if opened >= 0:
-        text = text[opened + len("<answer>") :].partition("</answer>")[0]
+    text = answered(text)
     fences = list(_FENCE.finditer(text))
     found: dict[bool, str] = {}  # the last block that says it is Python, and the last that does not say what it is
     place = 0

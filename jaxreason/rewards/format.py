@@ -45,6 +45,13 @@ def thinking(text: str) -> str:
     return inside if opened < 0 else inside[opened + len("<think>") :]
 
 
+def answered(text: str) -> str:
+    """What follows the last `</think>`, and of that what the last `<answer>` opens, closed or not, where there is one."""
+    text = text.rpartition("</think>")[2]
+    _, opened, inside = text.rpartition("<answer>")
+    return inside.partition("</answer>")[0] if opened else text
+
+
 def summary(text: str) -> str:
     """What follows the last `</think>`: what a reader is shown. Empty where thinking never ended, the text where none began."""
     _, closed, after = text.rpartition("</think>")

@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxreason.naming import nearest
 from jaxreason.rewards import exact
+from jaxreason.rewards.format import answered
 from jaxreason.types import Completion, Problem, Reward
 
 LONGEST = 20_000  # characters of an answer; a longer one gets 0
@@ -51,7 +52,7 @@ def gym_solved(problem: Problem, completion: Completion) -> Reward:
 def _reward(problem: Problem, completion: Completion, *, solved: bool) -> Reward:
     if "gym" not in problem.metadata:
         return Reward(0.0, {"accuracy": None})
-    text = answer(completion.text)
+    text = answered(completion.text).strip()
     name, entry = problem.metadata["gym"], problem.metadata["entry"]
     names = {name, *(str(value) for key, value in entry["metadata"].items() if "source_dataset" in key)}
     if not 0 < len(text) <= LONGEST or not _harmless(text, entry, names) or _overpaid(text, entry, names):
@@ -66,15 +67,6 @@ def _reward(problem: Problem, completion: Completion, *, solved: bool) -> Reward
     score = min(1.0, max(0.0, score)) if score == score else 0.0
     score = float(score >= 1.0) if solved else score
     return Reward(score, {"accuracy": score})
-
-
-def answer(text: str) -> str:
-    """The answer that a completion commits to."""
-    text = text.rpartition("</think>")[2]
-    opened = text.rfind("<answer>")
-    if opened >= 0:
-        text = text[opened + len("<answer>") :].partition("</answer>")[0]
-    return text.strip()
 
 
 def _harmless(text: str, entry: Mapping[str, Any], names: set[str]) -> bool:

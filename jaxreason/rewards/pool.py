@@ -42,6 +42,7 @@ _ENVIRONMENT = {
 }
 SPARE = 0.1  # of a rule's own limit, so much more: to keep it before its worker is killed
 _STARTS = 3  # without one answer between them
+_FEW = 8  # samples that are handed over at a time: workers begin while the others are still being pickled
 
 
 class Pool:
@@ -88,17 +89,18 @@ class Pool:
     def start(self, samples: Sequence[Sample]) -> range:
         """Hands samples over, and returns what `wait` is to be given, once."""
         numbers = range(self._count, self._count + len(samples))
-        if self._setup.workers:
-            messages = [Message(number, 0, _payload(sample)) for number, sample in zip(numbers, samples, strict=True)]
-            self._outcomes |= {number: {} for number in numbers}
-            self._asked |= dict(zip(numbers, messages, strict=True))
-            if self._end is None:
-                self._launch()
-            else:
-                self._say(messages)
-        else:
-            self._outcomes |= dict(zip(numbers, score_here(self.rules, samples), strict=True))
         self._count = numbers.stop
+        if not self._setup.workers:
+            self._outcomes |= dict(zip(numbers, score_here(self.rules, samples), strict=True))
+            return numbers
+        if self._end is None:
+            self._launch()
+        for at in range(0, len(samples), _FEW):
+            some = zip(numbers[at : at + _FEW], samples[at : at + _FEW], strict=True)
+            messages = {number: Message(number, 0, _payload(sample)) for number, sample in some}
+            self._outcomes |= {number: {} for number in messages}
+            self._asked |= messages
+            self._say(list(messages.values()))
         return numbers
 
     def wait(self, started: range) -> list[dict[str, Outcome]]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import typing
 from collections.abc import Iterator
 
-from jaxreason import naming, rewards
+from jaxreason.rewards.finding import GROUP_NOUNS, found_rules, host_rules
 
 HEADING = "## The rules\n"
-_NOUNS = {"Reward": "completion", "list[Reward]": "group", "Sequence[Reward]": "group"}
 
 
 class Row(typing.NamedTuple):
@@ -25,17 +22,14 @@ class Row(typing.NamedTuple):
 
 def rows() -> Iterator[Row]:
     """Every rule on text."""
-    for info in sorted(pkgutil.iter_modules(rewards.__path__), key=lambda info: info.name):
-        if info.name == "traced":  # rules on tokens, which import jax
-            continue
-        module = importlib.import_module(f"{rewards.__name__}.{info.name}")
-        for noun, what in _NOUNS.items():
-            for name, function in naming.returning(module, noun).items():
-                if function.__module__ == module.__name__ and _takes_a_problem(function):
-                    yield Row(f"{info.name}.{name}", what, settings(function), first_line(function))
+    of = {"completion": host_rules(), "group": found_rules(*GROUP_NOUNS)}
+    found = [(name, noun, function) for noun, functions in of.items() for name, function in functions.items()]
+    for name, noun, function in sorted(found, key=lambda each: (each[0].partition(".")[0], each[1])):
+        if name.startswith(f"{function.__module__.rpartition('.')[2]}.") and _takes_a_problem(function):
+            yield Row(name, noun, settings(function), first_line(function))
 
 
-def host_rules() -> str:
+def written() -> str:
     """The rows as a table."""
     lines = ["| rule | of a | settings | reward |", "| --- | --- | --- | --- |"]
     for row in rows():
@@ -49,7 +43,7 @@ def rewritten(page: str) -> str:
     before, heading, _ = page.partition(HEADING)
     if not heading:
         raise ValueError(f"the page has no line {HEADING.strip()!r}, below which the table stands")
-    return f"{before}{HEADING}\n{host_rules()}"
+    return f"{before}{HEADING}\n{written()}"
 
 
 def _takes_a_problem(function: typing.Callable[..., typing.Any]) -> bool:

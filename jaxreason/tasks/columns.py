@@ -18,7 +18,9 @@ _LETTERED = re.compile(r"\s*\(?([A-Za-z])\s*[).:]\s*(.*)", re.DOTALL)
 def value(row: Values, column: str) -> Any:
     if column not in row:
         there = ", ".join(list(row)[:20]) or "none at all"
-        raise BadRow("missing column", f"there is no column '{column}' among {there}: {nearest(column, list(row))}")
+        near = nearest(column, list(row))
+        remedy = near if near.startswith("did") else "name the column that holds it, or use another file"
+        raise BadRow("missing column", f"there is no column '{column}' among {there}: {remedy}")
     return row[column]
 
 

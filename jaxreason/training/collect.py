@@ -153,10 +153,20 @@ def _by_task(
         function = naming.find(rule, known, key=where)
         if inspect.signature(function).return_annotation != "Reward":
             raise ValueError(f"config.{where} is '{rule}', which is no rule on the text of one completion: name one that is")
-        found[task] = partial(function, **naming.arguments(function, {}, key=where))
+        needed = [each.name for each in inspect.signature(function).parameters.values() if _is_needed(each)]
+        if needed:
+            raise ValueError(
+                f"config.{where} is '{rule}', which needs {', '.join(needed)}, and a task's rule is given no settings: name one "
+                "that needs none"
+            )
+        found[task] = partial(function)
     if not found:
         raise ValueError(f"config.{key.removesuffix('.kwargs')}.rule is 'task', and the task names no rule: name one instead")
     return mixture.ByTask(found)
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
 
 
 def sample_and_score(

@@ -53,6 +53,9 @@ def make_evaluate(
     def evaluate(params: Any) -> tuple[dict[str, float], Rows]:
         rows = [row for start in range(0, len(numbered), size) for row in answer(params, numbered[start : start + size])]
         metrics = summarise(task.name, rows, accuracy=config.accuracy)
+        for label in task.parts:
+            own = [row for row in rows if task.heldout[row["number"]].task == label]
+            metrics |= summarise(f"{task.name}/{label}", own, accuracy=config.accuracy)
         for reason in FAILURES if scoring.host or scoring.group else ():
             metrics[f"eval/{task.name}/failed/{reason}"] = float(np.mean([reason in row["failed"] for row in rows]))
         return metrics, rows

@@ -90,6 +90,7 @@ def test_the_table_and_the_files(whole):
     assert f"sampled {PROBLEMS}/{PROBLEMS}" in printed
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_it_goes_on_to_the_same_files(whole, command, environment, tmp_path):
     folder, _ = whole
     code, printed = signalled(command, tmp_path / "out", environment, signal.SIGINT, after=0)

@@ -179,6 +179,7 @@ def eight_problems() -> tuple[dict[int, jax.Array], dict[int, Signals]]:
     return logp, signals
 
 
+@pytest.mark.slow
 def test_jit_and_eight_devices_are_no_jit_on_one():
     inputs = eight_problems()
     plain = all_of(*inputs)

@@ -160,6 +160,7 @@ def check_mutants(problems: list, isolation: Isolation, *, each: int) -> None:
     assert not bad
 
 
+@pytest.mark.slow
 def test_mutated_solutions_are_not_accepted(shared, isolation):
     check_mutants(some(humaneval(shared), 8) + some(mbpp(shared), 12), isolation, each=1)
 

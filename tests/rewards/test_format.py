@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxreason.rewards.format import think_answer_format
+from jaxreason.rewards.format import answered, think_answer_format
 from jaxreason.types import Completion, Problem, StopReason
 
 PROBLEM = Problem(id="0", question="1 + 1?", answer="2")
@@ -72,3 +72,10 @@ def test_host_rules_and_automata_do_not_import_jax():
     ours = "jaxreason.automata, jaxreason.rewards.format, jaxreason.rewards.math"
     code = f"import sys, {ours}; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_answer_is_what_stands_last() -> None:
+    assert answered("<think><answer>1</answer></think> so <answer> 2 </answer>") == " 2 "
+    assert answered("<answer>1</answer> no, <answer>3</answer>.") == "3"
+    assert answered("a</think> plain ") == " plain "
+    assert answered("<answer>cut off") == "cut off"

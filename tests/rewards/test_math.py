@@ -133,7 +133,7 @@ def test_nothing_raises(text: str, answer: str):
 
 @pytest.mark.parametrize("piece", [*PIECES, "1 ", "1,000,", "1/", "-1", "####  ", "\\boxed{1}", "answer is", "1."])
 @pytest.mark.parametrize("start", ["", "\\boxed{", "1/2"])
-def test_a_million_characters_of_anything_are_read(start: str, piece: str):
-    text = start + piece * (1_000_000 // len(piece))
+def test_three_hundred_thousand_characters_of_anything_are_read(start: str, piece: str):
+    text = start + piece * (300_000 // len(piece))
     assert score(text, "31415") == 0
     assert gsm8k_answer(Problem("0", "", text), Completion("1", (), StopReason.EOS)).total <= 1

@@ -364,5 +364,5 @@ def test_a_rule_with_a_limit_of_its_own_has_time_to_keep_it(rules: ModuleType) -
     with Pool(given, workers=1, limit_seconds=0.2) as pool:
         (parts,) = pool.score([(problem, completion)])
         assert [each.failure for each in parts.values()] == [""] * 3
-        (parts,) = pool.score([sample("3.5")])
+        (parts,) = pool.score([sample("1.5")])
     assert [each.failure for each in parts.values()] == ["timeout", "", "timeout"]

@@ -344,6 +344,7 @@ def ready(shared: Path) -> tuple[Engine, Any]:
 TEXTS = ["What is 2 + 3?", "Ann has 6 coins. Buys 9. Doubles them. Ann has 6 coins. Buys 9.", "x"]
 
 
+@pytest.mark.slow
 def test_the_engine_returns_the_same_with_any_draft(ready: tuple[Engine, Any]) -> None:
     engine, params = ready
     asked: Any = {"n": 4, "max_tokens": [*range(20, 32)], "law": Law(bias=((300, 12.0), (301, 11.0))), "seed": 3}

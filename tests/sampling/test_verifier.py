@@ -41,7 +41,7 @@ def made(architecture: Architecture, shape: tuple[int, int], **head: Any) -> tup
 
 
 @pytest.mark.parametrize(
-    ("head", "shape"), [pytest.param(Head("sequence", 1), (1, 1), marks=pytest.mark.slow), (Head("token", 2), (3, 2))]
+    ("head", "shape"), [(Head("sequence", 1), (1, 1)), pytest.param(Head("token", 2), (3, 2), marks=pytest.mark.slow)]
 )
 def test_scores_of_growing_forked_and_fed_slots_are_those_of_whole_rows(head: Head, shape: tuple[int, int]) -> None:
     """extend, score, fork, append, score: each time as if every prefix were read from its beginning."""

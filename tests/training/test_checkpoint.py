@@ -343,6 +343,7 @@ for step in itertools.count(1 + (restored.step if restored else 0)):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_a_consistent_state(tmp_path: Path) -> None:
     """kill -9 of a real process that saves without pause, three times, each resuming from the one before."""
     moments, reached = np.random.default_rng(0), 0

@@ -167,14 +167,8 @@ def test_t17_in_a_step() -> None:
     assert not (shown.stopped & shown.truncated).any()
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"data": 2, "sequence": 2, "tensor": 2}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}], ids=str)
 def test_t17_on_a_mesh_and_with_fewer_slots(sizes: dict[str, int]) -> None:
     """The same completions, eight at a time and on eight devices, and the same update."""
     mesh, model, params = policy(*sizes.items())
@@ -189,6 +183,7 @@ def test_t17_on_a_mesh_and_with_fewer_slots(sizes: dict[str, int]) -> None:
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_step_with_drafts_is_the_step_without() -> None:
     """And says how many of the drafted tokens were what was drawn."""
     mesh, model, params = policy()

@@ -102,9 +102,8 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("one"), ONE)
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow), pytest.param((1, 4, 2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
 def test_the_quickstart_is_the_same_on_every_mesh(tmp_path: Path, on_one_device: Path, shape: Shape) -> None:
     folder = run(tmp_path, shape)
     given, expected = np.load(folder / "state.npz"), np.load(on_one_device / "state.npz")
@@ -123,6 +122,7 @@ def test_the_quickstart_is_the_same_on_every_mesh(tmp_path: Path, on_one_device:
     assert json.loads((folder / "examples.json").read_text()) == json.loads((on_one_device / "examples.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_compared_run_had_gradients(on_one_device: Path) -> None:
     """Equality of runs in which nothing moves would say nothing."""
     steps = [row for row in lines(on_one_device / "metrics.jsonl") if "optimizer/gradient_norm" in row]

@@ -18,6 +18,7 @@ from jaxreason.training.metrics import read_jsonl
 CONFIG = Path(__file__).parents[1] / "short_run.py"
 FILE = f"""
 import importlib.util
+from ml_collections import ConfigDict
 from jaxreason import config as schema
 
 def get_config(arg=None):
@@ -25,7 +26,11 @@ def get_config(arg=None):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with module.get_config().unlocked() as config:
-        config.reward.accuracy = schema.part("task", kwargs={{"word_problems": "math.gsm8k_answer"}})
+        short, long = ({{"task": "word_problems", "max_changes": most, "heldout_size": size}} for most, size in ((2, 4), (3, 2)))
+        config.task.name, config.task.kwargs = "mixture", ConfigDict({{"tasks": {{"short": short, "long": long}}}})
+        config.reward.accuracy = schema.part("task", kwargs={{"short": "math.gsm8k_answer", "long": "math.gsm8k_answer"}})
+        own = {{"short": "math.gsm8k_answer", "long": "repetition.repeated_ngrams"}}
+        config.reward.own = schema.part("task", weight=0.0, kwargs=own)
         config.reward.ended = schema.part("traced.think_answer_format", weight=0.5, kwargs={{"pattern": r"[\\s\\S]*"}})
         config.reward.chinese = schema.part("language.language_consistency", weight=-1.0, kwargs={{"language": "zh"}})
         config.reward.english = schema.part("language.language_consistency", gate="ended", kwargs={{"language": "en"}})
@@ -74,5 +79,12 @@ def test_every_total_and_every_mean_is_the_parts(tmp_path: Path) -> None:
                 assert math.isclose(line[f"reward/{name}"], np.mean(known), abs_tol=1e-6)
     assert without, "the case that the test is about did not come up"
     assert any(row["reward"]["ended"] != rows[0]["reward"]["ended"] for row in rows)
-    evaluated = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval/word_problems/pass@1" in line]
-    assert evaluated and all(0 <= line["eval/word_problems/pass@1"] <= 1 for line in evaluated)
+    evaluated = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval/mixture/pass@1" in line]
+    assert len(evaluated) == 3
+    differ = 0
+    for line in evaluated:
+        for name in ("pass@1", "length", "own"):  # of 4 problems of the one task and 2 of the other
+            whole, short, long = (line[f"eval/{of}/{name}"] for of in ("mixture", "mixture/short", "mixture/long"))
+            assert math.isclose(whole, (4 * short + 2 * long) / 6, abs_tol=1e-6)
+            differ += short != long
+    assert differ, "the case that the test is about did not come up"

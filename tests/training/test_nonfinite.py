@@ -27,6 +27,7 @@ def saved(workdir: Path, stage: str) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints" / stage).iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverged_ends_the_command_with_3(one_device: dict[str, str], tmp_path: Path) -> None:
     """A learning rate of 1e15: the first step's loss is a number, the second's is none. Twice, as it is resumed alike."""
     options = ["--config.supervised.optimizer.learning_rate=1e15", "--config.checkpoint.every_steps=1", "--config.online.steps=0"]

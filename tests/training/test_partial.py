@@ -180,7 +180,8 @@ def looped(kind: str, step_tokens: int, *, shape: Shape = ONE) -> tuple[Made, li
     return made, trail
 
 
-@pytest.mark.parametrize("kind", ["recomputed", pytest.param("kept", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["recomputed", "kept"])
+@pytest.mark.slow
 def test_with_the_whole_budget_in_a_step_it_is_the_run_without(kind: str) -> None:
     """Bit for bit: weights, moments, metrics, what is shown."""
     (_, without), (_, whole) = looped("recomputed", 0), looped(kind, T)
@@ -443,8 +444,9 @@ SETTINGS = (
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize(
     ("kind", "rule"),
-    [("kept", "math.gsm8k_answer"), pytest.param("recomputed", "traced.integer_answer", marks=pytest.mark.slow)],
+    [("kept", "math.gsm8k_answer"), ("recomputed", "traced.integer_answer")],
 )
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, rule: str) -> None:
     """With a host rule, which is asked about whole groups alone, and with traced ones."""
     from ..test_resume import assert_same_run, train

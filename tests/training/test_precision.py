@@ -103,6 +103,7 @@ def test_bfloat16_is_used_and_close(activation: str) -> None:
     assert 1e-3 < max(gap.values()) < 0.2, gap
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_learn_as_float32_ones_do() -> None:
     """Steps of 1e-6 are lost in bfloat16; the optimiser's float32 copy keeps them, and the parameters are its rounding."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), steps=30)
@@ -132,6 +133,7 @@ def test_bfloat16_parameters_learn_as_float32_ones_do() -> None:
         np.testing.assert_allclose(metrics[name], expected[name], rtol=0.05, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_load_balance_loss_moves_the_routers() -> None:
     """Its weight is a part of the loss; its value is logged; without it neither happens."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=3)
@@ -153,6 +155,7 @@ def test_a_load_balance_loss_moves_the_routers() -> None:
     assert abs(with_it["optimizer/gradient_norm"] - without["optimizer/gradient_norm"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_chunks_and_remat_save_memory() -> None:
     """By the compiler's own account, on a small model; benchmarks/memory.py has the real vocabulary."""
     found = importlib.util.spec_from_file_location("memory", ROOT / "benchmarks" / "memory.py")

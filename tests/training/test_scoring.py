@@ -24,7 +24,7 @@ from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import run as runs
 from jaxreason.rewards import mixture
 from jaxreason.rewards.pool import Pool
-from jaxreason.training.collect import Scoring, score_on_host
+from jaxreason.training.collect import RulePart, Scoring, make_scoring, score_on_host
 from jaxreason.training.metrics import RunLog, read_jsonl
 from jaxreason.types import Completion, Problem, Reward, StopReason
 
@@ -62,6 +62,7 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_a_run_is_the_same_with_workers_and_without(tmp_path: Path) -> None:
     before = children(os.getpid())
@@ -133,6 +134,15 @@ def test_a_rule_that_fails_on_every_completion_ends_the_run() -> None:
     with pytest.raises(ValueError, match=sentence):
         score_on_host(scoring, problems, [group])
     assert score_on_host(scoring, problems, [group[:1]]).shares()["error"] == 1.0  # of one nobody can tell
+
+
+def test_a_task_whose_rule_needs_settings_is_told() -> None:
+    part = RulePart("task", kwargs={"gsm8k": "language.language_consistency"})
+    sentence = (
+        "config.reward.a.kwargs.gsm8k is 'language.language_consistency', which needs language, and a task's rule is given no"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        make_scoring({"a": part}, vocabulary=[b"a"], eos_ids=[0])
 
 
 def test_a_group_rule_that_hangs_ends_or_raises_costs_its_group_alone(bad_rules: ModuleType) -> None:
