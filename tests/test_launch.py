@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,12 +109,6 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: Sequence[str], env
     assert ended.returncode == 2
     assert sentence in ended.stderr and ended.stderr.count("\n") == 1
     assert not list(tmp_path.glob("arguments.*"))
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
-def test_shellcheck_finds_nothing() -> None:
-    checked = subprocess.run(["shellcheck", *sorted((ROOT / "launch").glob("*.sh"))], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
 
 
 # ------------------------------------------------------------------------------------------------- two processes, one run
