@@ -421,6 +421,8 @@ def test_a_workdir_that_cannot_be_used_is_a_sentence(short: configs.Config, undi
         folders.open_folder(short, tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="which cannot be made"):
         folders.open_folder(short, tmp_path / "notes.txt" / "run")
+    with pytest.raises(ValueError, match="'gs:/bucket/run', which is a bucket"):
+        folders.open_folder(short, Path("gs://bucket/run"))
 
 
 def test_a_mistake_in_the_workdir_ends_the_command_with_2(start: Any, tmp_path: Path) -> None:

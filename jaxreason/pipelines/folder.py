@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ class Result(NamedTuple):
 
 def open_folder(config: Config, workdir: Path) -> None:
     """Makes the folder; raises ValueError where that fails, or where it holds something else than this run."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(workdir)):  # Path has made one slash of two
+        raise ValueError(f"--workdir is '{workdir}', which is a bucket: give a folder on a file system that every host has mounted")
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir is '{workdir}', which is a file: give a folder")
     try:
