@@ -16,8 +16,10 @@ _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t]{0,8}\{|\\[\\{}]|[{}]")
 _BARE_BOX = re.compile(r"\\boxed[ \t]{1,8}([0-9A-Za-z.]{1,40})")
 # a heading in Markdown may begin with four too: then words follow
 _AFTER_HASHES = re.compile(
-    r"####[ \t]{0,8}(?=[-+−€£$\\(\[{|0-9.]|(?:[A-J]|yes|no|true|false)\b\W{0,3}$)([^\n]*)", re.IGNORECASE | re.MULTILINE
+    r"####[ \t]{0,8}(?=[-+−€£$\\(\[{|0-9.*]|[A-Za-z] ?=|(?:[A-J]|yes|no|true|false)\b\W{0,3}$)([^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
 )
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")  # GSM8K's <<2+3=5>>
 _ANSWER = re.compile(r"\banswers?\b", re.IGNORECASE)
 _IS = re.compile(
     r"^(?!\W{1,4}(?:because|since|as)\b)[*_ ]{0,4}(?:[a-z ,']{0,40}?\b(?:is|are|be|equals)\b|:|=)[*_:} ]{0,8}", re.IGNORECASE
@@ -27,25 +29,48 @@ _SENTENCE_END = re.compile(
 )
 _REASON = re.compile(r"[ ,]\(?(?:since|because|as required|as desired|not|rather than|instead of)\b", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+_STARS = re.compile(r"\*\*(?![0-9A-Za-z(\\$])|(?<![0-9A-Za-z)])\*\*")  # those of bold print, not of a power
 _INITIAL = re.compile(r"(?:^|[A-Z]\w{0,30}\.?\s)[A-Z]\.$")  # of a name, as in Henry J. Kaiser
 _SPECIAL = re.compile(r"<\|[^|<>]{0,40}\|>")
 _FORMULA = re.compile(
     r"\$\$((?:[^$\\]|\\.){1,2000}?)\$\$|(?<![\\$])\$((?:[^$\\]|\\.){1,2000}?)\$|\\\[((?:[^\\]|\\[^\]]){1,2000}?)\\\]"
     r"|\\\(((?:[^\\]|\\[^)]){1,2000}?)\\\)"
-    r"|(\\begin\{(?:equation|displaymath|math|align|gather)\*?\}(?:[^\\]|\\(?!end\{|begin\{)){1,2000}\\end\{[a-z]{1,20}\*?\})",
+    r"|(\\begin\{(?:equation|displaymath|math|align|gather|multline|eqnarray)\*?\}(?:[^\\]|\\(?!end\{|begin\{)){1,2000}\\end\{[a-z]{1,20}\*?\})",
     re.DOTALL,
 )
 _NAME_OF_BOX = re.compile(r"(?<![A-Za-z0-9\\])([A-Za-z](?:_\{?[0-9A-Za-z]\}?)?)\s{0,4}=\s{0,4}$")
 _BETWEEN = re.compile(r"[\s$]|\\[()\[\]]|\\text|\\quad|\\ |[{}]|\b(?:maybe|perhaps|possibly)\b")
 # what stands between two numbers of which a sentence gives one or the other
 OR = re.compile(r"[^.!?\n]{0,60}\b(?:or|maybe|perhaps|possibly)\b[^.!?\n]{0,60}", re.IGNORECASE)
-NOT = re.compile(r"\bnot\s[\s$]{0,4}$", re.IGNORECASE)
+NOT = re.compile(r"(?:\bnot|n't|\bcannot|\bnever)\s(?:be\s|equal\s){0,2}[\s$]{0,4}$", re.IGNORECASE)
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 _NUMBER_SPAN = re.compile(
-    r"(?<![A-Za-z0-9_.])[-+]?[$€£¥]?(?:[0-9]{1,9} (?=[0-9]{1,9}/[0-9]))?"
-    r"(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)(?: ?/ ?[0-9]+)?(?: ?%)?"
+    r"(?<![A-Za-z0-9_.^])[-+]?(?:\\?\$|[€£¥])?(?:[0-9]{1,9} (?=[0-9]{1,9}/[0-9]))?√?"
+    r"(?:[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?: ?/ ?[0-9]+)?(?: ?%| cents?\b| and (?:a|one) (?:half|third|quarter)\b"
+    r"|(?:[π√^*!]|[xyzn](?![A-Za-z]))[^\s,;]{0,40}(?<![.?!])!?)?"
 )
-_LEADING_NUMBER = re.compile(_NUMBER_SPAN.pattern + r"(?:(?=\s{1,4}[A-Za-z]{2,})(?:\s{1,4}(?!and\b|or\b)[A-Za-z]{1,20}){1,3})")
+_LEADING_NUMBER = re.compile(
+    _NUMBER_SPAN.pattern
+    + r"(?! and (?:a|one)\b)(?=\s{1,4}[A-Za-z]{2,})"
+    + r"(?:\s{1,4}(?!(?:and|or|is|are|was|were|of|in|for|from|to|that|which|if|than|but|at|on)\b)[A-Za-z]{1,20}){0,3}"
+)
+_VALUE = re.compile(
+    r"(?:\b(?:is|are|was|be|equals?|gets?|obtain|have|has|gives?)\b(?: at\b)?|=)[\s:*]{0,8}(?=[^=]{1,100}$)", re.IGNORECASE
+)
+# what a sentence adds to its answer
+_ASIDE = re.compile(
+    r"(?<=[0-9)}$])(?: when divided by \S{1,20}|,? (?:attained|achieved|reached) (?:at|when|for|if)\b[^\n]{1,200})[.\s]{0,4}$"
+)
+# before a number and after it, what makes it not the answer
+_BOUND = re.compile(
+    r"^\W{0,4}(?:at (?:most|least)|(?:greater|less|more|fewer|larger|smaller) than|between|almost|nearly|close to|not)\b",
+    re.IGNORECASE,
+)
+_UNTRUE = re.compile(
+    r"\s(?:(?:is|are|was|would be)\s)?(?:too |also )?"
+    r"(?:wrong|incorrect|impossible|invalid|false|not|(?:is|does|wo|would|ca)n't|cannot)\b"
+)
 _TAIL = 8000  # characters of a text without marks that are looked at
 _NOT_PROSE = frozenset(
     "sin cos tan cot sec csc log exp sqrt abs arcsin arccos arctan sinh cosh tanh inf infinity pmod mod and".split()
@@ -55,7 +80,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]{1,40}(?:\{[A-Za-z]{1,20}\*?\})?")
 
 def after_thinking(text: str) -> str:
     """What follows the last `</think>`, which is the whole text where there is none."""
-    return text.rpartition("</think>")[2]
+    return _CALCULATOR.sub("", text.rpartition("</think>")[2])
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -114,6 +139,8 @@ def stated_answer(text: str) -> str | None:
         if verb is None and formula is None:
             continue
         rest = rest[(verb or formula).end() :].lstrip(" *_\t")  # type: ignore[union-attr]
+        if _BOUND.match(rest) or (verb is not None and re.search(r"\bnot\b|n't\b|cannot\b", verb[0])):
+            return ""
         if rest.startswith("\n"):
             rest = rest.lstrip("\n *_")
         plain = _without_formulas(rest)
@@ -122,7 +149,7 @@ def stated_answer(text: str) -> str | None:
         end = next((end.start() for end in ends if end.end() <= most), None)
         if end is None and most < len(plain):
             return ""  # a sentence that long commits to nothing
-        said = rest[:end]
+        said = _STARS.sub("", rest[:end])
         reasons = (reason.start() for reason in _REASON.finditer(_without_formulas(said)))
         said = said[: next((place for place in reasons if said[:place].strip(" *_,")), len(said))]
         if said.strip(" *_`\"'"):
@@ -170,6 +197,8 @@ def _in_sentence(text: str, *, marked: bool) -> str | None:
     A number that begins what a mark says is the answer (18 eggs in 2 days); without a mark, only where it is the only one.
     """
     text = text[-_TAIL:].strip(" \t\n")
+    aside = _ASIDE.search(text)
+    text = text[: aside.start()] if aside else text
     line = text[text.rfind("\n") + 1 :]
     bold = [span[1] for span in _BOLD.finditer(line) if _is_value(span[1])]
     text = (
@@ -183,9 +212,17 @@ def _in_sentence(text: str, *, marked: bool) -> str | None:
     formulas = _formulas(text)
     if not formulas and (_is_bare(text) or not re.search("[0-9]", text)):
         return text
+    said = deque(_VALUE.finditer(line), maxlen=1) if not (marked or formulas) else ()
+    value = line[said[0].end() :].strip(" *_").rstrip(".! ") if said else ""
+    if re.search(r"[0-9π]", value) and not re.search(r"(?<!\\)[A-Za-z]{2,}", re.sub("sqrt|pi|log|ln|(?<=[0-9] )and", "", value)):
+        return value
     numbers = [(at.start(), at.end(), at[0]) for at in deque(_NUMBER_SPAN.finditer(_without_formulas(text)), maxlen=50)]
     leading = _LEADING_NUMBER.match(text) if marked or (len(numbers) == 1 and not formulas) else None
-    if leading is not None and not OR.match(text, leading.end()):  # what words follow is for the reader of notation, as units
+    if leading is not None and re.match(r"\s(?:(?:and|&)\s\$?[0-9]|(?:than|times)\b)", text[leading.end() :]):
+        return None  # 5 apples and 2 pears; 37 more than 5
+    if (
+        leading is not None and not OR.match(text, leading.end()) and not _UNTRUE.match(text, leading.end())
+    ):  # what words follow is for the reader of notation, as units
         return leading[0]
     if formulas and (not numbers or numbers[-1][0] < formulas[-1][1]):
         if NOT.search(text[: formulas[-1][0]]):
@@ -194,7 +231,8 @@ def _in_sentence(text: str, *, marked: bool) -> str | None:
         return _joined(text, formulas, (",", ";", "and", "or", ", and", ", or")) + ("%" if percent else "")
     if not numbers or _is_bare(text.replace("$", "")):
         return text
-    return None if NOT.search(text[: numbers[-1][0]]) else _joined(text, numbers, ())
+    denied = NOT.search(text[: numbers[-1][0]]) or _UNTRUE.match(text, numbers[-1][1])
+    return None if denied else _joined(text, numbers, ())
 
 
 def _is_value(text: str) -> bool:
@@ -215,7 +253,7 @@ def _formulas(text: str) -> list[tuple[int, int, str]]:
     for formula in _FORMULA.finditer(text):
         content = next(filter(None, formula.groups()), "").strip()
         prose = [word for word in _WORD.findall(_COMMAND.sub(" ", content)) if word.lower() not in _NOT_PROSE]
-        if content and not (formula[2] and " " in content and prose and "\\" not in content):
+        if content and content[0] not in "^_" and not (formula[2] and " " in content and prose and "\\" not in content):
             found.append((formula.start(), formula.end(), content))
     return found
 

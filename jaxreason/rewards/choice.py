@@ -17,7 +17,7 @@ from jaxreason.types import Completion, Problem, Reward
 
 _TAIL = 4000  # characters of a completion without marks that are looked at
 _FONT = re.compile(
-    r"\\(?:text|textbf|mathrm|mathbf|textit|mathit|mbox|emph)\s?\{|\\(?:displaystyle|left|right)(?![a-z])|[{}$*_`\\]"
+    r"\\(?:text|textbf|mathrm|mathbf|textit|mathit|mbox|emph|f?box(?:ed)?)\s?\{|\\(?:displaystyle|left|right)(?![a-z])|[{}$*_`\\]"
 )
 _LABEL = re.compile(r"\s{0,8}[\[(]?([A-J])\s?[).:\]]\s{0,8}")
 _LETTER = r"(?:[\[(]\s?(?P<a>[A-J])\s?[\])]|(?P<b>[A-J])(?![A-Za-z0-9'+*/^=-]))"

@@ -10,24 +10,22 @@ from __future__ import annotations
 import re
 
 from jaxreason.rewards import exact, quantities, symbolic
-from jaxreason.rewards.notation import Form, key, plain, read, split, without_unit
+from jaxreason.rewards.notation import Form, key, plain, read, split
+from jaxreason.rewards.quantities import without_unit
+from jaxreason.rewards.relations import FLIPPED, as_set, is_name, letters, same_function, sides_of, unnamed
 
 _LONGEST = 4000  # characters of an answer that are read; a longer one is right only where it is the reference itself
 _PAIRS = 400  # of parts that one comparison looks at
-_RELATION = re.compile(r"\\(?:le|ge|ne|approx|equiv)(?![A-Za-z])|[=<>]|\\in(?![A-Za-z])")
-_IN = re.compile(r"\\in(?![A-Za-z])")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-_NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{?[^{}=]{1,20}\}?)?'*(?:\((?:[^()]|\([^()]*\)){1,40}\))?|\|[A-Za-z\\ {}]{1,20}\||\[[A-Z]{2,8}\]"
-    r"|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|widehat|vec|mathbb)\s*\{?[A-Za-z]+\}?|\\(?:sin|cos|tan)\s*\\?[A-Za-z]+"
-)
+_DEGREE = re.compile(r"\\circ(?![A-Za-z])|\\degree|°|[0-9]\s*degrees?\b")
+_POINT = re.compile(r"[A-Z](?:_[0-9A-Z])?'*\s*(?P<point>\(.*\))|\\binom\{(?P<top>[^{}]*)\}\{(?P<bottom>[^{}]*)\}")
+_DOLLARS, _CENTS = re.compile(r"\\\$\s*[0-9.]"), re.compile(r"[0-9.}\s{]cents?\b|¢|\u00a2")
+_ARTICLE = re.compile(r"\s*(?:\\text\{\s*)?(?:an?|the)\s+(?=\S)", re.IGNORECASE)
 _BUILDER = re.compile(
-    r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||:)((?:(?!\\in)[^{}:|])*(?:[<>]|\\[lg]e)(?:(?!\\in)[^:|])*)\\\}",
+    r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||:)((?:(?!\\in)[^{}:|])*(?:[<>]|\\(?:[lgn]e))(?:(?!\\in)[^:|])*)\\\}",
     re.DOTALL,
 )
 _PARTED = re.compile(r":.*:|:0+$")  # a ratio of three, or a time of day
-_FUNCTION = re.compile(r"([A-Za-z]+)\(([A-Za-z])\)")
 
 
 def equal(gold: str, prediction: str, *, limit_seconds: float = 3.0) -> bool:
@@ -54,7 +52,12 @@ def equal(gold: str, prediction: str, *, limit_seconds: float = 3.0) -> bool:
 
 
 def _equal(gold: str, prediction: str) -> bool:
-    gold, prediction = plain(gold), plain(prediction)
+    gold, prediction = quantities.in_one_unit(gold), quantities.in_one_unit(prediction)
+    if _DOLLARS.search(gold) and _CENTS.search(prediction):  # elsewhere the sign may be left out
+        gold += r" \text{ dollars}"
+    # an angle in degrees is one in radians where the other answer is
+    radians = "\\pi" in gold + prediction and (_DEGREE.search(gold) is None) != (_DEGREE.search(prediction) is None)
+    gold, prediction = plain(gold, radians=radians), plain(prediction, radians=radians)
     if not prediction:
         return False
     if key(gold) == key(prediction):
@@ -82,16 +85,16 @@ def _form(text: str) -> Form:
     if form.kind in {"list", "set"}:
         parts = tuple(part for piece in form.parts for part in _both_signs(piece))
         return Form(form.kind, form.text, parts)
-    if form.kind == "one":
+    if form.kind in {"one", "tuple"}:
         signs = _both_signs(form)
         return Form("list", form.text, signs) if len(signs) > 1 else form
     return form
 
 
 def _both_signs(form: Form) -> tuple[Form, ...]:
-    if form.kind != "one" or len(_PLUS_MINUS.findall(form.text)) != 1:
+    if form.kind not in {"one", "tuple"} or len(_PLUS_MINUS.findall(form.text)) != 1:
         return (form,)
-    return tuple(Form("one", _PLUS_MINUS.sub(sign, form.text).strip().removeprefix("+").strip()) for sign in "+-")
+    return tuple(read(_PLUS_MINUS.sub(sign, form.text).strip().removeprefix("+").strip()) for sign in "+-")
 
 
 def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
@@ -100,7 +103,7 @@ def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
         return False
     if key(gold.text) == key(prediction.text):
         return True
-    gold, prediction = _as_set(gold, prediction), _as_set(prediction, gold)
+    gold, prediction = as_set(gold, prediction), as_set(prediction, gold)
     kinds = gold.kind, prediction.kind
     named = _assignments(gold), _assignments(prediction)
     if named[0] and named[1]:
@@ -108,6 +111,9 @@ def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
         return same_names and all(_same(value, named[1][name], budget) for name, value in named[0].items())
     if kinds == ("one", "one"):
         return _same_one(gold.text, prediction.text)
+    if "one" in kinds and not {"tuple", "matrix"}.isdisjoint(kinds):
+        gold, prediction = _point(gold), _point(prediction)
+        kinds = gold.kind, prediction.kind
     if kinds in {("tuple", "matrix"), ("matrix", "tuple")}:
         gold, prediction = _as_vector(gold), _as_vector(prediction)
         return {gold.brackets, prediction.brackets} <= {"", "()", "[]"} and _in_order(gold, prediction, budget)
@@ -122,21 +128,24 @@ def _same(gold: Form, prediction: Form, budget: _Budget) -> bool:
             for form, by_name in zip((gold, prediction), named, strict=True)
         )
         return {gold.brackets, prediction.brackets} <= {"", "()", "[]"} and _in_order(gold, prediction, budget)
-    if kinds == ("tuple", "set"):
-        return False
+    if set(kinds) == {"tuple", "set"}:
+        one, many = (gold, prediction) if gold.kind == "tuple" else (prediction, gold)
+        return len(many.parts) == 1 and _same(one, many.parts[0], budget)
     if kinds in {("list", "list"), ("set", "set"), ("list", "set"), ("set", "list"), ("union", "union")}:
         return _in_any_order(_values(gold), _values(prediction), budget) or _in_any_order(gold, prediction, budget)
     if "one" in kinds and ("list" in kinds or "set" in kinds):
         one, many = (gold, prediction) if gold.kind == "one" else (prediction, gold)
-        right = _unnamed(one.text, many.text)
+        right = unnamed(one.text, many.text)
         if right is not None and (form := _form(right)).kind != "one":  # x = 1, 2 or x \\in {1, 2}
             return _same(form, many, budget) if gold.kind == "one" else _same(many, form, budget)
+        if prediction.kind == "list" and gold.kind == "one" and all(_same(gold, part, budget) for part in prediction.parts):
+            return True  # 3/4, or 0.75
         if many.kind == "set" and len(many.parts) == 1 and gold.kind == "set":
             return _same(many.parts[0], one, budget)
         return False if right is None and not _needs_symbols(one.text, many) else symbolic.equal(gold.text, prediction.text)
     if "one" in kinds:
         one, many = (gold, prediction) if gold.kind == "one" else (prediction, gold)
-        right = _unnamed(one.text, many.text)
+        right = unnamed(one.text, many.text)
         if right is not None:
             form = _form(right)
             return _same(form, many, budget) if gold.kind == "one" else _same(many, form, budget)
@@ -176,7 +185,7 @@ def _assignments(form: Form) -> dict[str, Form]:
     found = {}
     for part in form.parts if form.kind == "list" else ():
         sides = split(part.text, ("=",))
-        if part.kind != "one" or len(sides) != 2 or not _is_name(sides[0]):
+        if part.kind != "one" or len(sides) != 2 or not is_name(sides[0]):
             return {}
         found[key(sides[0])] = read(sides[1])
     return found if len(found) == len(form.parts) else {}
@@ -192,61 +201,19 @@ def _values(form: Form) -> Form:
             parts.append(_values(part))
             continue
         sides = split(part.text, ("=",))
-        if part.kind == "one" and len(sides) == 2 and _is_name(sides[0]):
+        if part.kind == "one" and len(sides) == 2 and is_name(sides[0]):
             parts.append(read(sides[1]))
         else:
             parts.append(part)
     return Form(form.kind, form.text, tuple(parts), form.brackets)
 
 
-def _as_set(form: Form, other: Form) -> Form:
-    """An inequality in one unknown as the interval that it is, where the other answer is an interval or a union."""
-    interval = (other.kind == "tuple" and len(other.parts) == 2) or other.kind == "union" or _IN.search(form.text + other.text)
-    interval = interval or _two_rays(other) is not None
-    if form.kind == "list" and (both := _two_rays(form)) is not None:
-        return both
-    if form.kind == "list" and other.kind == "union":
-        parts = tuple(_as_set(part, Form("union", "")) for part in form.parts)
-        return Form("union", form.text, parts) if all(part.kind == "tuple" for part in parts) else form
-    if form.kind != "one" or not interval:
+def _point(form: Form) -> Form:
+    r"""A(2, -3) and \binom{2}{-3} as the tuple that they are, beside one."""
+    match = _POINT.fullmatch(form.text) if form.kind == "one" else None
+    if match is None:
         return form
-    sides, signs = _sides(form.text)
-    if len(sides) == 2 and signs[0] == "\\in" and _is_name(sides[0]):
-        return read(sides[1])
-    if not signs or not set(signs) <= {"<", ">", "\\le", "\\ge"}:
-        return form
-    if signs[0] in {">", "\\ge"}:
-        sides, signs = sides[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
-    if any(sign in {">", "\\ge"} for sign in signs):
-        return form
-    if len(sides) == 3 and _is_name(sides[1]):
-        low, high, brackets = sides[0], sides[2], ("([")[signs[0] == "\\le"] + (")]")[signs[1] == "\\le"]
-    elif len(sides) == 2 and _is_name(sides[0]):
-        low, high, brackets = "-\\infty", sides[1], "(" + (")]")[signs[0] == "\\le"]
-    elif len(sides) == 2 and _is_name(sides[1]):
-        low, high, brackets = sides[0], "\\infty", ("([")[signs[0] == "\\le"] + ")"
-    else:
-        return form
-    return Form("tuple", form.text, (read(low), read(high)), brackets)
-
-
-def _two_rays(form: Form) -> Form | None:
-    """x > a and x < b as an interval where a < b, and as a union of two where they have nothing in common; None for all else."""
-    if form.kind != "list" or len(form.parts) != 2:
-        return None
-    sides = [_sides(part.text) for part in form.parts]
-    rays = [_as_set(part, Form("union", "")) for part in form.parts]
-    names = {key(side) for (pair, signs) in sides if len(signs) == 1 for side in pair if _is_name(side)}
-    if len(names) != 1 or any(ray.kind != "tuple" or len(ray.parts) != 2 for ray in rays):
-        return None
-    rays.sort(key=lambda ray: ray.parts[1].text == "\\infty")
-    below, above = rays
-    low, high = exact.value(above.parts[0].text), exact.value(below.parts[1].text)
-    if below.parts[0].text != "-\\infty" or above.parts[1].text != "\\infty" or low is None or high is None:
-        return None
-    if low < high:
-        return Form("tuple", form.text, (above.parts[0], below.parts[1]), above.brackets[0] + below.brackets[1])
-    return Form("union", form.text, (below, above))
+    return read(match["point"] or f"({match['top']},{match['bottom']})")
 
 
 def _as_vector(form: Form) -> Form:
@@ -260,14 +227,13 @@ def _as_vector(form: Form) -> Form:
 
 def _same_one(gold: str, prediction: str) -> bool:
     """Whether two single answers are equal: numbers, quantities, words, relations, expressions."""
-    gold_sides, gold_signs = _sides(gold)
-    sides, signs = _sides(prediction)
+    gold_sides, gold_signs = sides_of(gold)
+    sides, signs = sides_of(prediction)
     if gold_signs or signs:
         return _same_relation((gold, gold_sides, gold_signs), (prediction, sides, signs))
-    a, b = quantities.in_base(gold), quantities.in_base(prediction)
-    if a is not None or b is not None:
-        a = exact.value(gold) if a is None else a
-        return a is not None and a == (exact.value(prediction) if b is None else b)
+    in_base = quantities.same_in_base(gold, prediction)
+    if in_base is not None:
+        return in_base
     gold, gold_unit = without_unit(gold)
     prediction, unit = without_unit(prediction)
     scale = quantities.scale(gold_unit, unit)
@@ -286,7 +252,7 @@ def _same_one(gold: str, prediction: str) -> bool:
     if key(gold) == key(prediction):
         return scale == 1
     if scale != 1 or _is_word(gold) or _is_word(prediction):
-        return scale == 1 and key(gold).lower() == key(prediction).lower()
+        return scale == 1 and _words(gold) == _words(prediction)
     if (a is None) != (b is None):
         number, other = (gold, prediction) if a is not None else (prediction, gold)
         places = exact.decimal_places(number)
@@ -296,65 +262,27 @@ def _same_one(gold: str, prediction: str) -> bool:
     return symbolic.equal(gold.rstrip("%"), prediction.rstrip("%")) if any(percents) else symbolic.equal(gold, prediction)
 
 
-def _sides(text: str) -> tuple[list[str], list[str]]:
-    """A chain of relations as what it relates and the signs between, outside all brackets."""
-    found = _RELATION.findall(text)
-    if not 0 < len(found) <= 20:
-        return [text], []
-    sides, signs = [], []
-    rest = text
-    for sign in found:
-        pieces = split(rest, (sign,))
-        if len(pieces) == 1:
-            continue
-        sides.append(pieces[0].strip())
-        signs.append(sign)
-        rest = sign.join(pieces[1:])
-    return [*sides, rest.strip()], signs
-
-
-def _is_name(text: str) -> bool:
-    """Whether a text names a quantity: x, x_1, f(x), AB, |AB|, a tuple of names."""
-    text = text.strip()
-    inside = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-    return bool(_NAME.fullmatch(text)) or ("," in inside and all(_NAME.fullmatch(name.strip()) for name in inside.split(",")))
+def _words(text: str) -> str:
+    return _ARTICLE.sub("", key(text).lower(), count=1) if _ARTICLE.match(key(text)) else key(text).lower()
 
 
 def _is_word(text: str) -> bool:
     """Whether a text is words and no formula: two letters or more that are no product of variables."""
+    if re.fullmatch("[abcd]{1,4}|[pqrs]{1,4}|[wxyz]{1,4}", text):
+        return False  # a product
     return "\\text" in text or bool(re.fullmatch(r"[A-Za-z .,'-]+", text) and re.search("[A-Za-z]{3}", text))
-
-
-def _names_a_value(left: str) -> bool:
-    """Whether what stands left of '=' only names the answer, as in m + n = 109: not where it is yet to be solved, as in 2x = 10."""
-    return _is_name(left) or len(_letters(left)) != 1
-
-
-def _letters(text: str) -> set[str]:
-    return set(re.findall(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
-
-
-def _unnamed(text: str, other: str) -> str | None:
-    """The value in an equation that names one, the last of a chain; None where there is no such equation."""
-    sides, signs = _sides(text)
-    if "\\approx" in signs and len(signs) > 0:
-        end = signs.index("\\approx")
-        if end > 0 or not _is_name(sides[0]):
-            sides, signs = sides[: end + 1], signs[:end]
-    if not signs:
-        return sides[0] if len(sides) == 1 and sides[0] != text else None
-    if not set(signs) <= {"=", "\\approx", "\\in", "\\equiv"} or not _names_a_value(sides[0]):
-        return sides[0] if set(signs) == {"="} and len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else None
-    if "\\in" in signs and exact.value(sides[0]) is not None:
-        return None  # a number is in no number
-    return sides[0] if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]) else sides[-1]
 
 
 def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str, list[str], list[str]]) -> bool:
     """Whether two answers, of which one at least is a relation, are equal: names aside, both ways round, and to a factor."""
     (gold_text, gold_sides, gold_signs), (text, sides, signs) = gold, prediction
-    gold_value, value = _unnamed(gold_text, text), _unnamed(text, gold_text)
-    if not signs and _letters(gold_sides[0]) and re.search("[-+^]", gold_sides[0]) and not _is_name(gold_sides[-1]):
+    gold_value, value = unnamed(gold_text, text), unnamed(text, gold_text)
+    if (
+        not signs
+        and letters(gold_sides[0])
+        and re.search("[-+^]", gold_sides[0])
+        and not (is_name(gold_sides[0]) or is_name(gold_sides[-1]))
+    ):
         return False  # the reference is an equation, and not the name of a value
     if not gold_signs or not signs:
         one, other = (gold_text, value) if not gold_signs else (gold_value, text)
@@ -362,10 +290,10 @@ def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str
             return False
         a, b = _form(plain(one)), _form(plain(other))
         return _same(a, b, _Budget(50))
-    if gold_value is not None and value is not None and _is_name(gold_sides[0]) and _is_name(sides[0]):
+    if gold_value is not None and value is not None and is_name(gold_sides[0]) and is_name(sides[0]):
         if key(gold_sides[0]) == key(sides[0]):
             return _same(_form(gold_value), _form(value), _Budget(50))
-        value_there = _same_function(gold_sides[0], sides[0], value)
+        value_there = same_function(gold_sides[0], sides[0], value)
         if value_there is not None:
             return _same(_form(gold_value), _form(value_there), _Budget(50))
         if gold_value in gold_sides[1:] and value in sides[1:] and len(gold_sides) == len(sides) == 2:
@@ -377,20 +305,10 @@ def _same_relation(gold: tuple[str, list[str], list[str]], prediction: tuple[str
         return False
     if signs == gold_signs and all(_same_side(a, b) for a, b in zip(gold_sides, sides, strict=True)):
         return True
-    flipped = [_FLIPPED.get(sign) for sign in signs[::-1]]
+    flipped = [FLIPPED.get(sign) for sign in signs[::-1]]
     if flipped == gold_signs and all(_same_side(a, b) for a, b in zip(gold_sides, sides[::-1], strict=True)):
         return True
     return len(sides) == 2 and _proportional(gold_sides, gold_signs, sides, signs)
-
-
-def _same_function(gold: str, name: str, value: str) -> str | None:
-    """The value of f(t) in the letter of the reference's f(x), or of y where that is f(x); None where they are unlike."""
-    a, b = _FUNCTION.fullmatch(gold.replace(" ", "")), _FUNCTION.fullmatch(name.replace(" ", ""))
-    if a is None or b is None:
-        return value if (a or b) is not None and "y" in (gold, name) else None
-    if a[1] != b[1] or re.search(rf"(?<![A-Za-z\\]){a[2]}(?![A-Za-z])", value):
-        return None
-    return re.sub(rf"(?<![A-Za-z\\]){b[2]}(?![A-Za-z])", a[2], value)
 
 
 def _same_side(a: str, b: str) -> bool:
@@ -398,8 +316,10 @@ def _same_side(a: str, b: str) -> bool:
 
 
 def _proportional(gold_sides: list[str], gold_signs: list[str], sides: list[str], signs: list[str]) -> bool:
-    if gold_signs[0] not in _FLIPPED or signs[0] not in _FLIPPED:
+    if gold_signs[0] not in FLIPPED or signs[0] not in FLIPPED:
         return False
     factor = symbolic.proportional((gold_sides[0], gold_sides[1]), (sides[0], sides[1]))
-    wanted = signs[0] if factor > 0 else _FLIPPED[signs[0]]
+    wanted = signs[0] if factor > 0 else FLIPPED[signs[0]]
+    if factor == 0 and gold_signs == signs == ["="] and re.search(r"/|\\frac", "".join((*gold_sides, *sides))):
+        return symbolic.same_zeros((gold_sides[0], gold_sides[1]), (sides[0], sides[1]))
     return factor != 0 and wanted == gold_signs[0]

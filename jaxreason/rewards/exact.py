@@ -219,6 +219,11 @@ class _Reader:
                 raise _NoValue
             degree = int(given)
         inside = self.group(depth)
+        if inside < 0 and degree % 2:
+            return -self.rooted(-inside, degree)
+        return self.rooted(inside, degree)
+
+    def rooted(self, inside: Fraction, degree: int) -> Fraction:
         if inside < 0 or inside.numerator.bit_length() > 2000 or inside.denominator.bit_length() > 2000:
             raise _NoValue
         return Fraction(_whole_root(inside.numerator, degree), _whole_root(inside.denominator, degree))

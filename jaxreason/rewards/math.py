@@ -31,6 +31,11 @@ _LATEX_NOISE = re.compile(r"\\[!,;:$% ]|\{,\}|[$~]")
 # a choice's letter, as a reference of its own
 _LETTER = re.compile(r"\$?(?:\\(?:text|textbf|mathrm|mathbf)\{\s*)?\(?([A-J])\)?\.?\s*\}?\$?")
 
+# and one with its text: (B) 12
+_CHOICE = re.compile(
+    r"\$?(?:\\(?:text|textbf|mathrm|mathbf)\{\s*)?\(([A-J])\)\s*\}?(?:\\[ ,;:]|\\q?quad|[\s~:])*([^\s=+*/^_(].*?)\$?", re.DOTALL
+)
+
 
 def math_answer(problem: Problem, completion: Completion, *, limit_seconds: float = 2.7) -> Reward:
     r"""1 if the completion's final answer is mathematically `problem.answer`; else 0.
@@ -45,12 +50,21 @@ def math_answer(problem: Problem, completion: Completion, *, limit_seconds: floa
     reference = find_reference(problem.answer)
     if not reference:
         return Reward(0.0, {"accuracy": None})
-    letter = _LETTER.fullmatch(reference)
+    letter, choice = _LETTER.fullmatch(reference), _CHOICE.fullmatch(reference)
+    answer = chosen(completion.text, choices={}) if letter else find_answer(completion.text)
     if letter:
         reference = letter[1]
-    answer = chosen(completion.text, choices={}) if letter else find_answer(completion.text)
+    elif choice and answer is not None:
+        given = _CHOICE.fullmatch(answer) or _LETTER.fullmatch(answer)
+        reference, answer = (choice[2], answer) if given is None else _parted(choice, given)
     correct = float(answer is not None and equal(reference, answer, limit_seconds=limit_seconds))
     return Reward(correct, {"accuracy": correct})
+
+
+def _parted(gold: re.Match[str], given: re.Match[str]) -> tuple[str, str]:
+    """What is to be equal of a choice and an answer that names one: the letters, and where those are, the texts."""
+    text = given[2] if given.re is _CHOICE else ""
+    return (gold[2], text) if text and gold[1] == given[1] else (gold[1], given[1])
 
 
 def gsm8k_answer(problem: Problem, completion: Completion) -> Reward:

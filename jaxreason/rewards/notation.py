@@ -46,11 +46,12 @@ _SYNONYMS = {
     "bold": "text", "textsc": "text", "underline": "text", "bigcup": "cup",
     "textsf": "text", "mathit": "text", "mathsf": "text", "emph": "text", "bf": "", "rm": "", "boldsymbol": "text", "bm": "text",
     "hbox": "text", "textnormal": "text", "mathcal": "text", "operatorname": "text", "euro": "", "pounds": "", "textdollar": "",
+    "ensuremath": "", "mathtt": "text",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?\s*(?=(.?))", re.DOTALL)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _AND = re.compile(r"(?:^|(?<=[\s,;0-9)}\]]))\s*,?\s*(?<![A-Za-z])(?:and|or)(?![A-Za-z])\s*(?=\S)", re.IGNORECASE)
-_DEGREES = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\}\s*)(?:\s*[CF](?![A-Za-z]))?|\s*\\circ$")
+_DEGREES = re.compile(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{(?:\s|\\[,;:! ])*\\circ\s*\}\s*)(?:\s*[CF](?![A-Za-z]))?|\s*\\circ$")
 _PERCENT = re.compile(r"\s*(?:\\%|%|\bper ?cent(?:age)?(?: points?)?\b|\bpct\b)", re.IGNORECASE)
 _CURRENCY = re.compile(
     r"\\?\$|[€£¥₹]|(?<![A-Za-z])(?:Rs\.?|USD|EUR|GBP|US)(?=\s{0,3}[0-9$])|\\text\{\s*(?:USD|EUR|GBP|Rs\.?)\s*\}|(?<=[0-9])\s{0,3}(?:USD|EUR|GBP)\b"
@@ -59,43 +60,44 @@ _FRAC = re.compile(r"\\frac\s*(?:([0-9A-Za-z])|(?=\{))")
 _SQRT = re.compile(r"\\sqrt\s*(?:(\\[A-Za-z]+|[0-9]+|[A-Za-z])(?![0-9])|(?=[\[{(]))")
 _POWER = re.compile(r"\^\s*([0-9A-Za-z])")
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|approximately|about|exactly|roughly|around|only|a total of|(?:the )?(?:final )?answer (?:is|:)|"
-    r"answer:|it(?: is|'s))[\s,]*)+(?=\S)",
+    r"(?:(?:so|thus|hence|therefore|approximately|about|exactly|just|roughly|around|only|a total of|"
+    r"(?:the )?(?:final )?answer (?:is|:)|answer:|it(?: is|'s))[\s,]*)+(?=\S)",
     re.IGNORECASE,
 )
-_FUNCTIONS = frozenset(
-    (
-        "sin cos tan cot sec csc log ln exp sqrt abs arcsin arccos arctan sinh cosh tanh pi infinity inf oo or and mod if for max"
-    ).split()
-)
-_UNIT_TAIL = re.compile(
-    r"(?P<unit>(?:(?<=[0-9A-Za-z)}%!\s])\s*\\text\{[^{}]*\}|(?<=[0-9)}%!\s])\s+[A-Za-z][A-Za-z.]*)(?:\s*(?:/|(?:\^\s*\{?-?[0-9]\}?\s*)?(?:\\cdot\s*)?\\text\{[^{}]*\}|\s+[A-Za-z][A-Za-z.]*))*)"
-    r"(?:\s*\^\s*\{?(?P<power>[-0-9]{1,2})\}?)?$"
-)
-_GLUED_UNIT = re.compile(
-    r"(?<=[0-9])(?P<unit>cm|mm|km|kg|mg|ml|mL|mph|ft|hrs?|mins?|secs?|kmph|lbs?|gal|yd)(?:\^\{?(?P<power>[23])\}?)?$"
-)
-UNITS = {
-    "km": ("m", 1000), "kilometer": ("m", 1000), "m": ("m", 1), "meter": ("m", 1), "metre": ("m", 1), "cm": ("m", "0.01"),
-    "centimeter": ("m", "0.01"), "mm": ("m", "0.001"), "millimeter": ("m", "0.001"), "kg": ("g", 1000), "kilogram": ("g", 1000),
-    "g": ("g", 1), "gram": ("g", 1), "mg": ("g", "0.001"), "hour": ("s", 3600), "hr": ("s", 3600), "minute": ("s", 60),
-    "min": ("s", 60), "second": ("s", 1), "sec": ("s", 1), "s": ("s", 1), "day": ("s", 86400), "week": ("s", 604800),
-    "l": ("l", 1), "liter": ("l", 1), "litre": ("l", 1), "ml": ("l", "0.001"), "milliliter": ("l", "0.001"),
-    "ft": ("in", 12), "foot": ("in", 12), "feet": ("in", 12), "inch": ("in", 1), "inche": ("in", 1), "yard": ("in", 36),
-    "dollar": ("dollar", 1), "cent": ("dollar", "0.01"),
-}  # fmt: skip
 _UNIT_FRACTION = re.compile(
-    r"\\frac\s*\{\s*\\text\{([^{}0-9]*)\}(?:\^\{?[0-9]\}?)?\s*\}\s*\{\s*\\text\{([^{}0-9]*)\}(?:\^\{?[0-9]\}?)?\s*\}"
+    r"\\frac\s*\{\s*\\text\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?\s*\}\s*\{\s*\\text\{([^{}0-9]*)\}(\^\{?[0-9]\}?)?\s*\}"
 )
 _UNIT_POWER = re.compile(r"\\text\{((?:[A-Za-z/ .~]|\\[,; ]){1,30})\^(?:\{(-?[0-9])\}|(-?[0-9]))\s*\}")
 _HALF_OF_DAY = re.compile(r"(?<=:[0-9]{2})\s*(?:\\text\{\s*([ap])\.?\s?m\b\.?\s*\}|([ap])\.?\s?m\b\.?)", re.IGNORECASE)
 _SYSTEM = re.compile(
     r"(?:\\\{\s*)?\\begin\{array\}\s*\{[^{}]*\}(?P<array>(?:(?!\\begin|\\end).)*)\\end\{array\}(?!\s*\\\})"
-    r"|(?:\\\{\s*)?\\begin\{(?:d?cases|align(?:ed|at)?|gather(?:ed)?|split|equation|displaymath|math)\*?\}"
+    r"|(?:\\\{\s*)?\\begin\{(?:d?cases|align(?:ed|at)?|gather(?:ed)?|split|multline|eqnarray|equation|displaymath|math)\*?\}"
     r"(?P<rows>(?:(?!\\begin|\\end).)*)\\end\{[a-z]{1,20}\*?\}",
     re.DOTALL,
 )
+# 22° 30', in degrees
+_MINUTES = re.compile(r"([0-9]+)\s*\^\s*\{?\s*\\circ\s*\}?\s*([0-9]{1,2})\s*'(?:\s*([0-9]{1,2})\s*'')?")
+# 2k\\pi, k \\in \\mathbb{Z}: that a letter is any whole number goes without saying
+_ANY_WHOLE = re.compile(
+    r"^((?:(?!\\[lg]e|\\in)[^<>]){1,200}?)[\s,;]*\(?\s*[kmnt]\s*\\in\s*(?:\\mathbb\{[ZN]\}|\\text\{[ZN]\}|[ZN])\s*\)?$"
+)
+_REPEATS = re.compile(r"([0-9]{0,20}\.[0-9]{0,6}?)([0-9]{1,9}?)\2{1,20}(?<=[0-9]{3})\s*(?:\\ldots|\.\.\.)")  # 0.1666...
+_OUTWARD = re.compile(r"([\[\]])([^\[\]()]{1,60}[,;][^\[\]()]{1,60})([\[\]])")  # ]0,1[ is (0,1)
+_MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MULTIPLE = re.compile(rf"(?<=[0-9])\s*(\\text\{{\s*)?({'|'.join(_MULTIPLES)})s?\b\s*(\}}?)", re.IGNORECASE)
+_PARTS = {"half": 2, "third": 3, "quarter": 4}
+_AND_PART = re.compile(r"(?<=[0-9])\s+and\s+(?:a|one)\s+(half|third|quarter)\b", re.IGNORECASE)  # 2 and a half
+_PHRASES = [
+    (re.compile(said, re.IGNORECASE), phrase)
+    for said, phrase in (
+        (r"(?:there (?:is|are) )?no (?:such )?(?:solutions?|roots?)(?: exists?)?", r"\emptyset"),
+        (r"(?:the set of )?(?:all )?(?:the )?real(?:s| numbers)", r"\mathbb{R}"),
+        (r"d\.?n\.?e\.?|(?:it |the limit )?does not exist", "does not exist"),
+        (r"\+?(?:positive )?infinity", r"\infty"),
+    )
+]
 _SIGN = r"(?:=|<|>|\\(?:le|ge|ne|approx|in)(?![A-Za-z]))"
+_GIVEN = re.compile(r"\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?)?\s*=")
 _ALIGNMENT = re.compile(rf"&\s*(?={_SIGN})|(?<==)\s*&|(?:^|(?<=\\cr))\s*&")
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -110,8 +112,8 @@ class Form:
     brackets: str = ""
 
 
-def plain(text: str) -> str:
-    """One spelling of an answer: of LaTeX, of plain text, of Unicode."""
+def plain(text: str, *, radians: bool = False) -> str:
+    """One spelling of an answer: of LaTeX, of plain text, of Unicode; without degree signs, or with its degrees in radians."""
     text = re.sub(r"\\+\s*$", "", _ascii(text))
     text = re.sub(r"\\\\(?=[A-Za-z]{2})", r"\\", text) if "begin" not in text else text  # a command with its backslash doubled
     if "begin" in text:  # a matrix's end of row, which is no space
@@ -119,11 +121,12 @@ def plain(text: str) -> str:
     text = text.replace("\\$", "$")
     text = re.sub(r"(?<![<>=!])([<>])=(?![=>])", lambda match: {"<": "\\le ", ">": "\\ge "}[match[1]], text)
     text = re.sub(r"\\not\s*=|(?<=\s)!=", r"\\ne ", text)
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))", "", text)  # within one number, whatever stands around it
     text = _GROUPING_COMMA.sub(",", text)
     text = _SIZE.sub("", text).replace("\\right.", "").replace("\\left.", "")
     text = re.sub(r"\{\s*\\(?:rm|bf|it|sf|tt)\s+([^{}]*)\}", r"\\text{\1}", text)
     text = _COMMAND.sub(lambda match: _spelling(match[1], following=match[2]), text)
-    text = re.sub(r"\\(?:begin|end)\{[bp]?matrix\}", lambda match: match[0].replace("{b", "{").replace("{p", "{"), text)
+    text = re.sub(r"\\(begin|end)\{(?:b|p|B|small)?matrix\}", r"\\\1{matrix}", text)
     if "\\begin" in text:
         text = _SYSTEM.sub(_written_in_line, text)
         text = re.sub(r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{matrix}", text).replace("\\end{array}", "\\end{matrix}")
@@ -137,13 +140,19 @@ def plain(text: str) -> str:
     text = re.sub(r"\s*,?\s*\\text\{\s*(?:for (?:all|any|every)|where)\b[^{}]*\}.*$", "", text, flags=re.DOTALL)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup ", re.sub(r"\\(?:text)?color\s*\{[A-Za-z]{1,20}\}", "", text))
     text = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", text)
-    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text)
+    text = re.sub(r"(\\mathbb\{R\})\s*(?:-|\\backslash|/)\s*(?=\\\{)", r"\1\\setminus ", text)
+    text = _ANY_WHOLE.sub(r"\1", text)
+    text = re.sub(r"(?<![A-Za-z])C_\{?([0-9]{1,3})\}?\^\{?([0-9]{1,3})\}?", r"\\binom{\1}{\2}", text)
+    text = _UNIT_FRACTION.sub(lambda unit: f"\\text{{{unit[1]}{unit[2] or ''}/{unit[3]}}}{unit[4] or ''}".replace("{{", "{"), text)
     text = _TEXT.sub(lambda match: _AND.sub(" , ", match[1]) if _AND.fullmatch(match[1] + "x") else match[0], text)
     text = _TEXT.sub(lambda match: ", " if match[1].strip(" ,").lower() in {"and", "or"} else match[0], text)
+    text = _MULTIPLE.sub(_as_power, text)
+    text = _AND_PART.sub(lambda match: f" 1/{_PARTS[match[1].lower()]}", text)
     text = _PERCENT.sub("%", _TEXT.sub(lambda match: "%" if _PERCENT.fullmatch(match[1]) else match[0], text))
     text = re.sub(r"\\text\{\s*\}", "", _CURRENCY.sub("", text))
     text = re.sub(r"(?<=[0-9])\s*\^\s*(?:\{\s*)?(?:\\text\{\s*o\s*\}|o(?![A-Za-z]))(?:\s*\})?", r"^{\\circ}", text)
-    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", text):
+    text = _MINUTES.sub(lambda match: f"({match[1]}+{match[2]}/60+{match[3] or 0}/3600)^{{\\circ}}", text)
+    if not (radians or re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", text)):
         text = re.sub(
             r"(?<=[0-9}])\s*(?:\\text\{\s*degrees?\s*\}|degrees?\b)(?:\s*(?:Celsius|Fahrenheit))?", "", _DEGREES.sub("", text)
         )
@@ -152,11 +161,17 @@ def plain(text: str) -> str:
     text = re.sub(
         r"\^\s*\{?\s*\\text\{(?:st|nd|rd|th)\}\s*\}?|(?<=[0-9])(?:st|nd|rd|th)\b|(?<=[0-9])\s*\\text\{(?:st|nd|rd|th)\}", "", text
     )
-    text = _SPACING.sub(" ", text)
+    text = _REPEATS.sub(r"\1\\overline{\2}", _SPACING.sub(" ", text))
+    text = _OUTWARD.sub(lambda match: "(["[match[1] == "["] + match[2] + ")]"[match[3] == "]"], text)
     text = _unwrapped(re.sub(r" {2,}", " ", text).strip())
     text = re.sub(r"^\\text\{[^{}]*(?:\b(?:is|are|[Pp]oints?)\b|:)\s*\}", "", text)
+    leading = re.match(r"\\text\{([^{}]*)\}", text)
+    if leading and _LEAD.sub("", f"{leading[1].strip()} x", count=1) == "x":
+        text = text[leading.end() :].lstrip()
+    text = re.sub(r"^[A-Z][a-z][A-Za-z ]{1,40}:\s+(?=\S)", "", re.sub(r"\(\s*or\s+([^()]*)\)", r", \1", text))
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
-    text = text.removeprefix("\\approx").lstrip()
+    text = re.sub(r"^(?:=>|\\(?:Rightarrow|implies|therefore|rightarrow)(?![a-z]))\s*", "", text)
+    text = next((phrase for said, phrase in _PHRASES if said.fullmatch(text)), text).removeprefix("\\approx").lstrip()
     text = _arguments_braced(text)
     text = re.sub(r"(?<=[\s0-9)}\],])(?<![A-Za-z]),?\s*(?:and|or)(?![A-Za-z])\s*", ", ", text)
     text = re.sub(r",(?:\s*,)+", ",", text)
@@ -168,29 +183,6 @@ def key(text: str) -> str:
     text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text))
     text = re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)
     return re.sub(r"(?<!\\)\b(?:[A-Za-z]{3,}|[Nn][Oo])\b", lambda word: word[0].lower(), text).strip(" ,;").rstrip(".")
-
-
-def without_unit(text: str) -> tuple[str, str]:
-    """A quantity as (what stands before its unit, the unit in small letters without a plural s); the unit may be ''."""
-    modulus = re.search(r"\s*\(?\\pmod\s*\{?([0-9A-Za-z]{1,9})\}?\)?$", text)
-    if modulus is not None:
-        return text[: modulus.start()], f"mod {modulus[1]}"
-    match = _UNIT_TAIL.search(text) or _GLUED_UNIT.search(text)
-    if match is None or not re.search("[0-9A-Za-z)}]", text[: match.start()]):
-        return text, ""
-    unit = " ".join(_TEXT.sub(r" \1 ", match["unit"]).split())
-    words = re.findall("[A-Za-z]+", unit)
-    bare = "\\text" not in match["unit"]
-    if any(word.lower() in _FUNCTIONS for word in words) or (bare and _is_letters(words, before=text[: match.start()])):
-        return text, ""
-    unit = unit.lower().strip(" .")
-    unit = unit[:-1] if len(unit) > 2 and unit.endswith("s") else unit
-    return text[: match.start()].strip(), unit + (f"^{match['power']}" if match["power"] else "")
-
-
-def _is_letters(words: list[str], *, before: str) -> bool:
-    """Whether words after a number are variables rather than a unit: single letters, or anything after no number."""
-    return all(len(word) == 1 for word in words) or not re.search(r"[0-9)}%!]\s*$", before)
 
 
 def read(text: str, *, depth: int = 0) -> Form:
@@ -312,12 +304,19 @@ def _written_in_line(match: re.Match[str]) -> str:
     if "&" in body:
         return match[0]
     rows = [row for row in (row.strip().rstrip(",;. ") for row in body.split("\\cr")) if row]
-    if match["array"] and not all(re.search(_SIGN, row) for row in rows):
+    if match["array"] and len(rows) > 1 and not all(re.search(_SIGN, row) for row in rows):
         return match[0]  # a matrix
+    while len(rows) > 1 and _GIVEN.match(rows[-1]) and not _GIVEN.match(rows[0]):
+        rows.pop(0)  # 2x = 16 and then x = 8
     line = ""
     for row in rows:
         line += row if not line else f" {row}" if re.match(_SIGN, row) else f", {row}"
     return line
+
+
+def _as_power(multiple: re.Match[str]) -> str:
+    r"""The power of ten that a word such as million is; what else its \text{} holds stays there."""
+    return f"\\times 10^{{{_MULTIPLES[multiple[2].lower()]}}}" + (" \\text{" if multiple[1] and not multiple[3] else " ")
 
 
 def _ascii(text: str) -> str:
@@ -349,6 +348,7 @@ def _unwrapped(text: str) -> str:
 def _arguments_braced(text: str) -> str:
     r"""\frac43, \frac{1}2, \sqrt3, x^2 and sqrt(2) with the braces that they leave out."""
     text = re.sub(r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"(?<![A-Za-z\\])[dtc]?frac(?=\s*\{)", r"\\frac", text)
     text = re.sub(r"(?<=[0-9.])\\(?:bar|dot)(?=\s*\{)", r"\\overline", text)
     text = re.sub(r"(\\sqrt\s*\[[0-9A-Za-z]{1,2}\])\s*([0-9A-Za-z])", r"\1{\2}", text)
     text = re.sub(r"(?<![A-Za-z\\])(sqrt|pi|exp|sin|cos|tan|ln|log|infinity|inf|oo)(?![a-z])", _plain_function, text)

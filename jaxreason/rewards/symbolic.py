@@ -30,6 +30,8 @@ _REFUSED = re.compile(
     r"|\|\s*_|\|\s*\^|\\\||d\}?\s*\{?d[a-z]|[0-9][eE][-+]?[0-9]{4}|(?<![A-Za-z0-9_{])[0-9]+_|\\xcancel|\\cancel|'"
 )
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])([A-Za-z]?)i(?![A-Za-z])(\s*\^)?")
+# a whole number and a proper fraction, which the grammar reads as a product
+_MIXED = re.compile(r"(?<![0-9A-Za-z.^_}\\])([0-9]{1,9})(?:\s*\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|\s+([0-9]{1,9})/([0-9]{1,9}))")
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\choose")
 
 
@@ -104,7 +106,23 @@ def proportional(gold: tuple[str, str], prediction: tuple[str, str]) -> int:
     sides = [_parsed(side) for side in (*gold, *prediction)]
     if any(side is None or not _is_scalar(side) for side in sides):
         return 0
-    a, b = sides[0] - sides[1], sides[2] - sides[3]
+    return _factor(sides[0] - sides[1], sides[2] - sides[3])
+
+
+def same_zeros(gold: tuple[str, str], prediction: tuple[str, str]) -> bool:
+    """Whether two equations are one but for their denominators: y = 3/x is xy = 3."""
+    import sympy
+
+    sides = [_parsed(side) for side in (*gold, *prediction)]
+    if any(side is None or not _is_scalar(side) for side in sides):
+        return False
+    with contextlib.suppress(Exception):  # sympy's many
+        a, b = (sympy.fraction(sympy.together(left - right))[0] for left, right in (sides[:2], sides[2:]))
+        return bool(_affordable(a) and _affordable(b) and _factor(a, b))
+    return False
+
+
+def _factor(a: Any, b: Any) -> int:
     ratios = []
     for point in _points(a, b):
         x, y = _at(a, point), _at(b, point)
@@ -155,6 +173,8 @@ def parse(text: str) -> Any:
     try:
         normal = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none", units=False)
         text = re.sub(r"\\log_(?:e|\{e\})(?![a-z])", r"\\ln", text.replace("{matrix}", "{pmatrix}").replace("\\cr", "\\\\"))
+        text = re.sub(r"\\sqrt\[([3579])\]\{-([0-9]{1,9})\}", r"(-\\sqrt[\1]{\2})", text)  # the real one
+        text = _MIXED.sub(_as_fraction, text)
         if not re.search(r"\\(?:sum|prod)", text):  # else it is an index
             text = _IMAGINARY.sub(lambda match: match[1] + ("I" if not match[2] else r"\cdot (I)^" if match[1] else "(I)^"), text)
         config = ConversionConfig(lowercase_symbols=False)
@@ -163,6 +183,11 @@ def parse(text: str) -> Any:
         return parsed if _affordable(parsed) else None
     except Exception:  # the grammar's and sympy's many kinds: to us they are one, a text that is no expression
         return None
+
+
+def _as_fraction(mixed: re.Match[str]) -> str:
+    whole, top, bottom = (int(number) for number in mixed.groups() if number)
+    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if top < bottom else mixed[0]
 
 
 def _depth(text: str) -> int:
@@ -197,7 +222,7 @@ def _size(node: Any, below: list[float]) -> float:
     from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 
     if isinstance(node, sympy.Rational):
-        return node.p.bit_length() + node.q.bit_length()
+        return max(node.p.bit_length(), node.q.bit_length())
     if isinstance(node, sympy.Float):
         return 64 + abs(node._mpf_[2] + node._mpf_[3])
     if isinstance(node, (sympy.Pow, sympy.MatPow)) and getattr(node.base, "is_Matrix", False):
@@ -206,7 +231,7 @@ def _size(node: Any, below: list[float]) -> float:
     if isinstance(node, sympy.Pow):
         power: Any = node.exp
         exponent = abs(power) if power.is_Rational or power.is_Float else 2 ** min(below[1], 30)
-        return float((below[0] + 2) * max(1, exponent))
+        return float(below[0] * max(1, exponent))
     if isinstance(node, (sympy.exp, HyperbolicFunction)):
         exponent = _magnitude(node.args[0])
         return 2.0 * 2 ** min(below[0], 30) if exponent is None else 2 + 2 * exponent
@@ -220,7 +245,7 @@ def _size(node: Any, below: list[float]) -> float:
         terms = end - start if start.is_Integer and end.is_Integer else None
         return float("inf") if terms is None or terms > 200 else sum(below) * (int(max(terms, 0)) + 1)
     refused = (sympy.Integral, sympy.Derivative, sympy.Limit, sympy.Subs, sympy.ConditionSet, sympy.MatrixSymbol, sympy.gamma)
-    return float("inf") if isinstance(node, refused) else sum(below) + 2
+    return float("inf") if isinstance(node, refused) else sum(below) + (0 if isinstance(node, sympy.Mul) else 2)
 
 
 def _magnitude(constant: Any) -> float | None:

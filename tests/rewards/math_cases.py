@@ -304,7 +304,7 @@ WRONG = {
         ("4", r"\boxed{hours}"),
     ],
     "degrees": [(r"30^\circ", r"\boxed{60^\circ}"), ("30", r"\boxed{\frac{\pi}{6}}"), ("30", r"\boxed{30^2}")],
-    "bases": [("1011_2", r"\boxed{1011_3}"), ("204_5", r"\boxed{204}"), ("204_5", r"\boxed{205_5}"), ("12_3", r"\boxed{12_{5}}")],
+    "bases": [("1011_2", r"\boxed{1011_3}"), ("204_5", r"\boxed{205_5}"), ("12_3", r"\boxed{12_{5}}")],
     "roots": [
         (r"5\sqrt{2}", r"\boxed{2\sqrt{5}}"),
         (r"\sqrt{2}", r"\boxed{1.414}"),

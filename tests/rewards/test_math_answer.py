@@ -35,7 +35,7 @@ def _cases(name: str) -> ModuleType:
     return module
 
 
-CASES = [_cases("math_cases"), _cases("math_cases_of_models")]
+CASES = [_cases(name) for name in ("math_cases", "math_cases_of_models", "math_cases_of_grammar")]
 RIGHT = [(kind, pairs) for module in CASES for kind, pairs in module.RIGHT.items()]
 WRONG = [(kind, pairs) for module in CASES for kind, pairs in module.WRONG.items()]
 
