@@ -49,6 +49,7 @@ class RolloutBatch:
     segments: Leaf | None = None  # [P, G, T] int32, packed rows
     logp_old: Leaf | None = None  # [P, G, T] float, at the start of the update
     logp_ref: Leaf | None = None  # [P, G, T] float, under the reference
+    value: Leaf | None = None  # [P, G, T] float, the critic's of the state before each token, at the start of the update
     fresh: Leaf | None = None  # [P, G, T] bool, chosen by this step's policy; with partial rollouts, else all are
 
 
@@ -59,4 +60,5 @@ class TrainState:
     step: Leaf  # [] int32, updates of this stage done
     params: Any
     opt_state: Any
-    algorithm: Any = flax.struct.field(default_factory=dict)  # what an algorithm carries; often empty
+    # what a run carries besides: a critic's own TrainState, or what partial rollouts have parked; often empty
+    algorithm: Any = flax.struct.field(default_factory=dict)

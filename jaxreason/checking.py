@@ -36,6 +36,9 @@ LEAST = {
     "online.logged_problems": 0,
     "online.curriculum.tries": 1,
     "online.curriculum.pool": 0,
+    "critic.clip": 0,
+    "critic.alone_steps": 0,
+    "critic.learning_rate": 0,
     "evaluation.every_steps": 0,
     "evaluation.problems_per_batch": 1,
     "checkpoint.every_steps": 0,
@@ -147,11 +150,11 @@ def _check_sampling(sampling: SamplingConfig, *, shards: int) -> None:
         raise ValueError(f"config.sampling.stop is {sampling.stop!r}: expected texts of at least one character each")
 
 
-def check_context(config: Config, architecture: Architecture) -> None:
-    """Raises ValueError where prompt and completion do not fit the model's context."""
+def check_context(config: Config, architecture: Architecture, *, whose: str = "model") -> None:
+    """Raises ValueError where prompt and completion do not fit the context of the model, or of the critic."""
     prompt, completion = config.sampling.max_prompt_tokens, config.sampling.max_completion_tokens
     if prompt + completion > architecture.max_positions:
         raise ValueError(
             f"config.sampling.max_prompt_tokens = {prompt} and max_completion_tokens = {completion} make {prompt + completion} "
-            f"tokens, and the model's context holds {architecture.max_positions}: lower one of them"
+            f"tokens, and the {whose}'s context holds {architecture.max_positions}: lower one of them"
         )

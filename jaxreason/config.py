@@ -27,6 +27,7 @@ from jaxreason.naming import KINDS, call, find, literal, nearest, wholly_named
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.sharding import MeshConfig
 from jaxreason.training.collect import RulePart, ScoringConfig
+from jaxreason.training.critic import CriticConfig
 from jaxreason.training.evaluate import EvaluationConfig
 from jaxreason.training.online import OnlineConfig
 from jaxreason.training.supervised import PhaseConfig, Saving, SupervisedConfig
@@ -60,6 +61,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: Named = field(default_factory=lambda: Named("word_problems"))
     algorithm: Named = field(default_factory=lambda: Named("grpo"))
+    critic: CriticConfig = field(default_factory=CriticConfig)
     reward: Mapping[str, RulePart] = field(default_factory=dict)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -104,6 +106,7 @@ def _shrink(config: Any) -> ConfigDict:
     online.steps = min(online.steps, 2)
     online.problems_per_step = online.problems_per_update = online.problems_per_microbatch = 8
     online.completions_per_problem = min(online.completions_per_problem, 4)
+    config.critic.alone_steps = min(config.critic.alone_steps, 1)
     config.evaluation.problems_per_batch = 8
     for kwargs in (config.task.kwargs, *config.task.kwargs.get("tasks", {}).values()):  # a mixture's own tasks too
         if "heldout_size" in kwargs:

@@ -33,14 +33,23 @@ def sequence_scores(model: Model, params: Any, tokens: Int[Array, "P N"], mask: 
 
 
 def values(
-    model: Model, params: Any, prompt: Int[Array, "P Tp"], prompt_mask: Bool[Array, "P Tp"], completion: Int[Array, "P G T"]
-) -> Float[Array, "P G T"]:
-    """A critic's V(q, o_<t), the value of the state in which token t is chosen; the head has one label."""
-    hidden = model.completion_hidden(params, prompt, prompt_mask, completion)
-    scores = model.project(params, hidden.reshape(-1, hidden.shape[-1]))
-    if scores.shape[1] != 1:
-        raise ValueError(f"the head has {scores.shape[1]} labels, and a value is one number: make the model with Head('token', 1)")
-    return scores.reshape(completion.shape)
+    model: Model,
+    params: Any,
+    prompt: Int[Array, "P Tp"],
+    prompt_mask: Bool[Array, "P Tp"],
+    completion: Int[Array, "P G T"],
+    mask: Bool[Array, "P G T"] | None = None,
+) -> tuple[Float[Array, "P G T"], Float[Array, ""]]:
+    """A critic's V(q, o_<t), the value of the state in which token t is chosen, and the load-balance loss of its experts.
+
+    The head has one label. `mask` says which completion tokens are real; without it all are.
+    """
+    hidden, balance = model.forward(params, prompt, prompt_mask, completion, mask)
+    # not flattened: rows, completions and tokens stay on the devices that hold them
+    scores = jax.vmap(jax.vmap(lambda rows: model.project(params, rows)))(hidden)
+    if scores.shape[-1] != 1:
+        raise ValueError(f"the head has {scores.shape[-1]} labels, and a value is one number: make the model with Head('token', 1)")
+    return scores[..., 0], balance
 
 
 def with_new_head(model: Model, policy: Any, key: jax.Array, *, mesh: Mesh) -> Any:

@@ -163,8 +163,9 @@ def kl_in_reward(
     check_range(0.0, beta=beta)
     check_mask(mask, logp=logp, logp_ref=logp_ref)
     placed = at_last_token(reward, mask)
-    divergence = lax.stop_gradient(log_ratio(logp, logp_ref, mask)).astype(placed.dtype)
-    return placed - jnp.asarray(beta, placed.dtype) * divergence
+    divergence = lax.stop_gradient(log_ratio(logp, logp_ref, mask))
+    dtype = np.promote_types(placed.dtype, divergence.dtype)  # rewards come in float32, also beside float64
+    return placed.astype(dtype) - jnp.asarray(beta, dtype) * divergence.astype(dtype)
 
 
 def return_to_go(

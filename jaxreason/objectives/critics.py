@@ -1,6 +1,7 @@
 """Algorithms with a critic, or with the whole batch as their baseline; each a function that returns an `Algorithm`.
 
-The critic itself is trained beside them, by `heads.value_loss`; here it has spoken already, in `Signals.value`.
+The critic itself is trained beside them, by `heads.value_loss`, towards the `returns` of the algorithm; here it has spoken
+already, in `Signals.value`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ def ppo(
     PPO, arXiv:1707.06347, Eq. 7 (clip 0.2), with language as DeepSeekMath, arXiv:2402.03300, Eq. 15-18, writes it: the
     KL is in the reward (InstructGPT: beta 0.02), and each completion is a mean over its tokens. The discount is
     InstructGPT's 1; lambda is the paper's 0.95, and long completions want 1. The advantage is not whitened, as in
-    much code it is: see `advantages.batch_whiten`. The critic is trained by `heads.value_loss`, towards advantage + value.
+    much code it is: see `advantages.batch_whiten`. The critic's returns are A_t + V_t.
     """
     check_range(0.0, 1.0, discount=discount, lambda_=lambda_)
+
+    def advantage(signals: Signals) -> Array:
+        return gae_of(signals, beta, partial(advantages.gae, discount=discount, lambda_=lambda_))
+
     return Algorithm(
         name="ppo",
-        advantage=lambda signals: gae_of(signals, beta, partial(advantages.gae, discount=discount, lambda_=lambda_)),
+        advantage=advantage,
+        returns=lambda signals: advantage(signals) + precise(given(signals.value)),
         weight=by_mask(weights.sequence_mean),
         card=Card(LIVE, "any; KL to the reference in it", CLIPPED, "GAE(r - beta l)", "sequence_mean", "1707.06347"),
         **clipped_ratio(clip_low, clip_high, dual_clip, needs={"reward", "value"} | in_reward_needs(beta)),
@@ -64,7 +70,7 @@ def vapo(
 ) -> Algorithm:
     """GC = m rho A_t + mu [correct] sum|o|/sum_correct|o|, w = 1/sum_i |o_i| (VAPO, arXiv:2504.05118, Eq. 5, 8-10).
 
-    A is GAE with lambda = 1 - 1/(alpha |o|); the critic is trained with lambda 1. mu is `imitation`: the second term is
+    A is GAE with lambda = 1 - 1/(alpha |o|); the critic's returns are those of lambda 1. mu is `imitation`: the second term is
     the mean likelihood of all tokens of correct completions (reward > `correct_above`), a constant of the whole batch.
     """
     check_range(0.0, imitation=imitation)
@@ -88,9 +94,13 @@ def vapo(
     def kept(logp: Array, signals: Signals, advantage: Imitating) -> Array:
         return core["kept"](logp, signals, advantage.gae)
 
+    def returns(signals: Signals) -> Array:
+        return gae_of(signals, 0.0, partial(advantages.gae, discount=discount, lambda_=1.0)) + precise(given(signals.value))
+
     return Algorithm(
         name="vapo",
         advantage=advantage,
+        returns=returns,
         weight=by_mask(weights.token_mean),
         card=Card(LIVE, "rule", CLIPPED + " + mu * correct * tokens / correct_tokens", "GAE(r), lambda = 1 - 1/(alpha |o|)",
                   "token_mean", "2504.05118"),

@@ -90,6 +90,8 @@ class Algorithm(NamedTuple):
     kept: Callable[[Array, Signals, Any], Array] | None = None
     # (logp, signals) -> (coefficient, objective), added to the algorithm's own: pulls and bonuses, see `additions`
     additions: tuple[Callable[[Array, Signals], tuple[Array, Array]], ...] = ()
+    # what its critic learns, [P, G, T] of the whole update batch; of algorithms that need a value
+    returns: Callable[[Signals], Array] | None = None
     card: Card | None = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ from jaxreason import config as configs
 from jaxreason.config import Config
 from jaxreason.data.loader import Stream, problem_stream
 from jaxreason.models import config as model_config
-from jaxreason.models import decoder, families, huggingface, lora, spec
+from jaxreason.models import decoder, families, heads, huggingface, lora, spec
 from jaxreason.models.config import Architecture
 from jaxreason.models.decoder import Model
 from jaxreason.models.spec import Specs
 from jaxreason.models.tokenizer import Tokenizer, load_tokenizer, save_word_tokenizer
 from jaxreason.objectives import Algorithm
+from jaxreason.pipelines import critic as critics
 from jaxreason.pipelines.folder import PARTIAL_TOKENIZER
 from jaxreason.sampling import law, stops
 from jaxreason.sampling.rollout import SamplingConfig
@@ -30,6 +32,7 @@ from jaxreason.sampling.stops import StopStrings
 from jaxreason.tasks.task import Task
 from jaxreason.training import supervised
 from jaxreason.training.collect import Scoring, make_scoring
+from jaxreason.training.critic import Critic
 from jaxreason.training.evaluate import Evaluate, make_evaluate
 from jaxreason.training.step import PROVIDED
 from jaxreason.types import Problem
@@ -60,6 +63,7 @@ class Experiment(NamedTuple):
     source: Path | None  # the checkpoint's folder, where there is one
     stop: StopStrings | None  # strings that end completions
     overlong: Overlong  # of the held-out problems; they are cut, or `task` no longer has them
+    critic: Critic | None  # where the algorithm has one
 
 
 def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
@@ -120,10 +124,10 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             )
         folder = workdir / "tokenizer"
         if not folder.exists() and jax.process_index() == 0:
-            partial = workdir / PARTIAL_TOKENIZER
-            shutil.rmtree(partial, ignore_errors=True)
-            save_word_tokenizer(task.words, partial)
-            partial.rename(folder)  # there in full or, after a kill, not at all
+            unfinished = workdir / PARTIAL_TOKENIZER
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_word_tokenizer(task.words, unfinished)
+            unfinished.rename(folder)  # there in full or, after a kill, not at all
         sharding.barrier("tokenizer")
     tokenizer = load_tokenizer(folder)
     tokens = len(tokenizer.hf)
@@ -137,6 +141,7 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
     spec.check_divisible(specs, mesh)
     if config.model.lora.rank:
         model = model._replace(specs=lora.declare_lora(specs, config.model.lora))
+    critic = critics.build(config, algorithm, architecture, tokenizer, mesh)
     vocabulary = tokenizer.vocabulary(architecture.vocab_size)
     task_rules = task.rules or {task.name: task.rule}
     scoring = make_scoring(
@@ -160,7 +165,7 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
                 "vocabulary does not: set prompt to 'as_it_is', or give a checkpoint's folder with --config.model.path=..."
             )
     task = dataclasses.replace(task, heldout=heldout)
-    return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, stop, overlong)
+    return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, stop, overlong, critic)
 
 
 def _kept(
@@ -194,6 +199,9 @@ def check_attention(experiment: Experiment) -> None:
     params = spec.abstract(e.specs, dtype=e.model.numerics.param_dtype, mesh=e.mesh)
     jax.eval_shape(e.model.completion_hidden, params, prompt, real, completion)
     jax.eval_shape(lambda *args: e.model.prefill(e.model.prepare_sampling(args[0]), *args[1:]), params, prompt, real)
+    if e.critic is not None:
+        params = spec.abstract(e.critic.model.specs, dtype=e.model.numerics.param_dtype, mesh=e.mesh)
+        jax.eval_shape(partial(heads.values, e.critic.model), params, prompt, real, completion)
 
 
 def initial_params(experiment: Experiment) -> Any:
@@ -281,8 +289,9 @@ def describe(e: Experiment) -> str:
     shape = " x ".join(f"{name} {size}" for name, size in e.mesh.shape.items() if size > 1) or "one device"
     rollouts = o.problems_per_step * o.completions_per_problem
     trained = f"{spec.count(e.model.specs):,} trained of " if e.config.model.lora.rank else ""
+    critic = "" if e.critic is None else f" and {spec.count(e.critic.model.specs):,} of a critic"
     return (
-        f"{trained}{spec.count(e.specs):,} parameters on {shape}; "
+        f"{trained}{spec.count(e.specs):,} parameters{critic} on {shape}; "
         f"supervised: {s.steps} steps x {s.demonstrations_per_step} demonstrations; "
         f"{e.algorithm.name}: {o.steps} steps x {o.problems_per_step} problems x {o.completions_per_problem} completions = "
         f"{rollouts} rollouts a step, {o.updates_per_step} update{'s' if o.updates_per_step != 1 else ''} each; "

@@ -17,6 +17,7 @@ from jaxreason import sharding
 from jaxreason.config import Config
 from jaxreason.data.loader import Stream
 from jaxreason.models import huggingface, lora, spec
+from jaxreason.pipelines import critic as critics
 from jaxreason.pipelines.experiment import (
     Experiment,
     Overlong,
@@ -204,7 +205,7 @@ def _online(
 ) -> supervised.Outcome:
     """The reinforcement stage; with LoRA `frozen` is the reference, and holds the weights beneath the adapters."""
     config = e.config.online
-    optimizer = make_optimizer(config.optimizer, steps=config.steps * config.updates_per_step)
+    optimizer = make_optimizer(config.optimizer, steps=_policy_updates(e))
     parked = _parked(e)
     step_fn = online.make_step(
         e.model,
@@ -218,12 +219,19 @@ def _online(
         pad_id=e.tokenizer.pad_id,
         seed=e.config.seed,
         parked=parked,
+        critic=e.critic,
         stop=e.stop,
         accuracy=e.config.evaluation.accuracy,
     )
     with _checkpointer(e, workdir, online.STAGE) as checkpointer:
-        told = {"params": params, "log": log, "progress": progress, "parked": parked}
-        state, start, extra = _restore(e, checkpointer, optimizer, online.STAGE, **told)
+        told = {"params": params, "log": log, "progress": progress}
+
+        def carried() -> Any:
+            if e.critic is not None:
+                return critics.initial_state(e.config, e.critic, lora.adapt(frozen, params), e.mesh)
+            return parking.vacant(parked) if parked else {}
+
+        state, start, extra = _restore(e, checkpointer, optimizer, online.STAGE, **told, carries=_carried(e), carried=carried)
         return online.reinforce(
             state,
             reference=params if frozen is None and "reference" in e.algorithm.needs else frozen,
@@ -248,6 +256,16 @@ def _online(
             pool=curriculum_pool(e, overlong) if config.curriculum.on else 0,
             seed=e.config.seed,
         )
+
+
+def _policy_updates(e: Experiment) -> int:
+    """How many updates the policy makes in reinforcement: its schedule begins where the critic is no longer alone."""
+    return (e.config.online.steps - e.config.critic.alone_steps) * e.config.online.updates_per_step
+
+
+def _carried(e: Experiment) -> Any:
+    """Shapes and shardings of what the reinforcement's state carries besides the policy."""
+    return _parked(e) if e.critic is None else states.abstract(e.critic.model, e.critic.optimizer, e.mesh)
 
 
 def _parked(e: Experiment) -> Any:
@@ -287,14 +305,17 @@ def _restore(
     params: Any,
     log: RunLog,
     progress: Progress,
-    parked: Any = None,
+    carries: Any = None,
+    carried: Callable[[], Any] = dict,
 ) -> tuple[Any, int, Mapping[str, Any]]:
-    """The state to go on from, its step in this stage and what was saved besides, with the run's files cut back to it."""
-    restored = checkpointer.restore_latest(replace(states.abstract(e.model, optimizer, e.mesh), algorithm=parked or {}))
+    """The state to go on from, its step in this stage and what was saved besides, with the run's files cut back to it.
+
+    `carries` is the abstract form of the state's `algorithm`, and `carried()` is what it begins as.
+    """
+    restored = checkpointer.restore_latest(replace(states.abstract(e.model, optimizer, e.mesh), algorithm=carries or {}))
     if restored is None:
         log.rewind(stage, 0)
-        state = states.create(e.model, optimizer, e.mesh, params)
-        return replace(state, algorithm=parking.vacant(parked)) if parked else state, 0, {}
+        return replace(states.create(e.model, optimizer, e.mesh, params), algorithm=carried()), 0, {}
     for sentence in restored.rejected:
         progress.message(sentence)
     log.rewind(stage, restored.step)
@@ -306,14 +327,14 @@ def latest_params(experiment: Experiment, workdir: Path) -> tuple[Any, str]:
     """The newest weights of a run's folder, adapted ones with LoRA, and where they come from in words."""
     e = experiment
     for stage, settings, steps in (
-        (online.STAGE, e.config.online.optimizer, e.config.online.steps * e.config.online.updates_per_step),
+        (online.STAGE, e.config.online.optimizer, _policy_updates(e)),
         (supervised.STAGE, e.config.supervised.optimizer, e.config.supervised.steps),
     ):
         folder = workdir / "checkpoints" / stage
         if folder.is_dir():
             checkpointer = Checkpointer(folder, keep=e.config.checkpoint.keep)
             state = states.abstract(e.model, make_optimizer(settings, steps=steps), e.mesh)
-            restored = checkpointer.restore_latest(replace(state, algorithm=_parked(e)) if stage == online.STAGE else state)
+            restored = checkpointer.restore_latest(replace(state, algorithm=_carried(e)) if stage == online.STAGE else state)
             checkpointer.close()
             if restored is not None:
                 base = initial_params(e) if e.config.model.lora.rank else None

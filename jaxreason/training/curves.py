@@ -35,7 +35,10 @@ SPECS: tuple[tuple[str, str, str, Scale, tuple[tuple[str, str], ...]], ...] = (
     ("shares", "Truncated, without signal, failed, clipped", "fraction", "fraction",
      ((r"rollout/truncated", "truncated completions"), (r"reward/zero_variance", "groups with equal rewards"),
       (r"reward/failed/(.+)", r"rules that failed: \1"), (r"policy/clip_fraction", "clipped tokens"))),
-    ("gradient_norm", "Gradient norm", "norm before clipping", "log", ((r"optimizer/gradient_norm", "norm"),)),
+    ("gradient_norm", "Gradient norm", "norm before clipping", "log",
+     ((r"optimizer/gradient_norm", "norm"), (r"value/gradient_norm", "the critic's"))),
+    ("explained_variance", "What the critic explains", "fraction of the returns' variance", "linear",
+     ((r"value/explained_variance", "explained variance"),)),
 )  # fmt: skip
 
 

@@ -34,8 +34,9 @@ class NonFiniteError(ArithmeticError):
 def check_finite(stage: str, step: int, metrics: Mapping[str, float]) -> None:
     """Raises NonFiniteError that names the step and the metric that is not a number: a cause before its consequences."""
 
-    def order(name: str) -> tuple[bool, bool, str]:
-        return not name.startswith("reward/"), not name.startswith(("policy/loss", "loss/")), name
+    def order(name: str) -> tuple[bool | str, ...]:
+        causes = ("reward/",), ("value/mean",), ("policy/loss", "loss/")  # the critic's values, before what is made of them
+        return *(not name.startswith(cause) for cause in causes), name
 
     for name, value in sorted(metrics.items(), key=lambda item: order(item[0])):
         if not math.isfinite(value):

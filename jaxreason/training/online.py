@@ -52,6 +52,7 @@ from jaxreason.training.collect import (
     score_traced,
     total_reward,
 )
+from jaxreason.training.critic import Critic
 from jaxreason.training.evaluate import Evaluate, EvaluationConfig
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig
@@ -86,7 +87,8 @@ class OnlineConfig:
 class OnlineStep:
     """The step in its two forms; `fused` is None where a host rule stands between sampling and update.
 
-    With partial rollouts `state.algorithm` is what is parked; `collect` takes it last, and `learn` a state without it.
+    With partial rollouts `state.algorithm` is what is parked; `collect` takes it last, and `learn` a state without it. With a
+    critic it is the critic's own state.
     """
 
     collect: Callable[..., tuple[Sampled, dict[str, jax.Array]]]
@@ -107,6 +109,7 @@ def make_step(
     pad_id: int,
     seed: int,
     parked: Any = None,
+    critic: Critic | None = None,
     stop: StopStrings | None = None,
     accuracy: str = "accuracy",
 ) -> OnlineStep:
@@ -119,8 +122,10 @@ def make_step(
         raise ValueError(
             f"parking.step_tokens is {sampling.parking.step_tokens}: give `parked` as partial.layout makes it of this config"
         )
+    if parked and critic is not None:
+        raise ValueError("a critic and `parked` are given, and a state carries one of them: leave one out")
     split = Split(config.problems_per_update, config.problems_per_microbatch, config.epochs)
-    update = make_update(model, algorithm, optimizer, law=sampling.law, split=split)
+    update = make_update(model, algorithm, optimizer, law=sampling.law, split=split, critic=critic)
 
     def key(kind: int, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), kind), number)
@@ -162,11 +167,13 @@ def make_step(
         return replace(state, algorithm=parked), metrics | partial_rollouts.metrics(parked, sampled, number), shown
 
     def fused(state: TrainState, reference: Any, prompts: PromptBatch, number: jax.Array) -> tuple[TrainState, Metrics, Shown]:
-        sampled, parts = collect(adapt(reference, state.params), prompts, number, state.algorithm)
+        sampled, parts = collect(adapt(reference, state.params), prompts, number, state.algorithm if parked else None)
         return learn(replace(state, algorithm={}) if parked else state, reference, prompts, sampled, parts, number)
 
     at, everywhere, problems = states.shardings(model, optimizer, mesh), sharding.named(mesh), sharding.named(mesh, ("problems",))
     collected: Any = problems
+    if critic is not None:
+        at = replace(at, algorithm=states.shardings(critic.model, critic.optimizer, mesh))
     if parked:
         seats = jax.tree.map(lambda x: x.sharding, parked)
         at, collected = replace(at, algorithm=seats), (Sampled(*[problems] * 6, parked=seats), problems)  # pyright: ignore[reportArgumentType]

@@ -14,7 +14,7 @@ from jaxreason.batch import TrainState
 from jaxreason.compiling import compiled
 from jaxreason.models import spec
 from jaxreason.models.decoder import Model
-from jaxreason.training.optimizer import state_shardings
+from jaxreason.training.optimizer import apply_updates, state_shardings
 
 
 def shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -43,3 +43,11 @@ def abstract(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) 
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings(model, optimizer, mesh)
     )
+
+
+def advance(state: TrainState, optimizer: optax.GradientTransformation, gradient: Any) -> tuple[TrainState, Any]:
+    """The state after one step of the optimiser, and the step; what the algorithm carries stays."""
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 and float32
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, opt_state)
+    return TrainState(state.step + 1, params, opt_state, state.algorithm), updates

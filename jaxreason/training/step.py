@@ -18,16 +18,19 @@ import optax
 from jaxreason.batch import RolloutBatch, TrainState
 from jaxreason.models.decoder import Model
 from jaxreason.models.lora import adapt
-from jaxreason.numerics import at_least_float32, masked_mean, token_logprobs
+from jaxreason.numerics import masked_mean, token_logprobs
 from jaxreason.objectives import Algorithm, Signals, combine_aux, policy_loss, prepare, weights
 from jaxreason.sampling import law as laws
 from jaxreason.sampling.law import Law
-from jaxreason.training.optimizer import apply_updates
+from jaxreason.training import critic as critics
+from jaxreason.training import state as states
+from jaxreason.training.critic import Critic
+from jaxreason.training.microbatches import over_microbatches, slices, summed_gradient, unless_empty, unslice, zeros
 
 Metrics = dict[str, jax.Array]
 RATIO_QUANTILES = (0.01, 0.5, 0.99)
-# what an update can provide an algorithm with; a critic, a teacher and step rewards have no place in the loop yet
-PROVIDED = frozenset({"reward", "old", "sampled", "behaviour", "reference"})
+# what an update can provide an algorithm with; a teacher and step rewards have no place in the loop yet
+PROVIDED = frozenset({"reward", "old", "sampled", "behaviour", "reference", "value"})
 
 
 class Split(NamedTuple):
@@ -64,23 +67,6 @@ def score(model: Model, params: Any, batch: RolloutBatch, *, temperature: float 
     return Scored(logp.reshape(shape), entropy.reshape(shape), balance)
 
 
-def slices(tree: Any, count: int) -> Any:
-    """[P, ...] as [count, P / count, ...]: strided, so that each slice takes its share of every device's problems."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), tree)
-
-
-def unslice(tree: Any) -> Any:
-    """The inverse of `slices`."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
-def over_microbatches(function: Callable[[Any], Any], tree: Any, *, count: int) -> Any:
-    """function on each of `count` slices, one after the other, results joined along P."""
-    if count == 1:
-        return function(tree)
-    return unslice(jax.lax.map(function, slices(tree, count)))
-
-
 def make_update(
     model: Model,
     algorithm: Algorithm,
@@ -89,6 +75,7 @@ def make_update(
     split: Split,
     temperature: float = 1.0,
     law: Law | None = None,
+    critic: Critic | None = None,
 ) -> Callable[[TrainState, Any, RolloutBatch], tuple[TrainState, Metrics, jax.Array]]:
     """update(state, reference_params, batch) -> (state, metrics, advantage): all updates that a rollout batch is used for.
 
@@ -96,8 +83,13 @@ def make_update(
     that of the update's start and the reference.
     Where the state holds adapters alone, the frozen weights beneath them are the reference's, whatever the algorithm needs. The
     advantage is [P, G], that of each completion's first token, as the first pass over the batch saw it.
-    """
 
+    An algorithm that needs a value comes with a critic, whose own state is `state.algorithm`.
+    """
+    if critic is None and "value" in algorithm.needs:
+        raise ValueError(f"algorithm '{algorithm.name}' needs values, and no critic is given: give `critic`, as critic.Critic")
+    if critic is not None and algorithm.returns is None:
+        raise ValueError(f"a critic is given, and algorithm '{algorithm.name}' has no returns for it to learn: leave it out")
     sampled_by = Law(temperature=temperature) if law is None else law
 
     def update(state: TrainState, reference: Any, batch: RolloutBatch) -> tuple[TrainState, Metrics, jax.Array]:
@@ -107,7 +99,7 @@ def make_update(
 
         def logp(params: Any) -> jax.Array:
             def one(part: RolloutBatch) -> jax.Array:
-                return _unless_empty(part, lambda: score(model, params, part, law=sampled_by).logp, _zeros)
+                return unless_empty(part, lambda: score(model, params, part, law=sampled_by).logp, zeros)
 
             return jax.lax.stop_gradient(over_microbatches(one, batch, count=problems // per_micro))
 
@@ -115,10 +107,13 @@ def make_update(
             batch = dataclasses.replace(batch, logp_ref=logp(reference))
         if "old" in algorithm.needs and updates > 1:
             batch = dataclasses.replace(batch, logp_old=logp(adapt(reference, state.params)))
+        if critic is not None:
+            value = critics.values(critic, state.algorithm.params, batch, count=problems // per_micro)
+            batch = dataclasses.replace(batch, value=value)
 
         def one_update(state: TrainState, part: RolloutBatch) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
             count = per_update // per_micro
-            return _update(model, algorithm, optimizer, state, reference, part, law=sampled_by, count=count)
+            return _update(model, algorithm, optimizer, state, reference, part, law=sampled_by, count=count, critic=critic)
 
         if updates == 1:
             state, (metrics, advantage) = one_update(state, batch)
@@ -130,17 +125,6 @@ def make_update(
         return state, _over_updates(metrics, used), unslice(advantage[:minibatches])
 
     return update
-
-
-def _unless_empty(part: RolloutBatch, compute: Callable[[], Any], nothing: Callable[[Any], Any]) -> Any:
-    """What is computed; or, in a part of partial rollouts without a completion, `nothing` of its shapes, in no time."""
-    if part.fresh is None:
-        return compute()
-    return jax.lax.cond(jnp.any(part.mask), compute, lambda: nothing(jax.eval_shape(compute)))
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _over_updates(metrics: Metrics, used: jax.Array | None) -> Metrics:
@@ -172,6 +156,7 @@ def _update(
     *,
     law: Law,
     count: int,
+    critic: Critic | None,
 ) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
     """One optimiser step on one update batch, its gradient summed over `count` micro-batches."""
     signals = Signals(
@@ -180,6 +165,7 @@ def _update(
         logp_behaviour=batch.logp_behaviour,
         logp_old=batch.logp_old,
         logp_ref=batch.logp_ref,
+        value=batch.value,
         truncated=batch.truncated,
         step_reward=batch.step_reward,
         segments=batch.segments,
@@ -199,35 +185,25 @@ def _update(
         value = value + model.balance_weight * share if model.balance_weight else value
         return value, (aux, jax.lax.stop_gradient(logp), entropy, share)
 
-    def gradient(params: Any, part: Any) -> tuple[Any, Any]:
-        out, new = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return out, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), new)  # before they are summed
-
     whole = (batch, signals, advantage, weight, token_weight)
-    if count == 1:
-        (value, (aux, logp, entropy, balance)), total = gradient(state.params, whole)
-    else:
+    value, (aux, logp, entropy, shares), total = summed_gradient(loss, state.params, whole, count=count)
+    aux, logp, entropy = combine_aux(aux), unslice(logp), unslice(entropy)
 
-        def accumulate(total: Any, part: Any) -> tuple[Any, Any]:
-            def add() -> tuple[Any, Any]:
-                out, new = gradient(state.params, part)
-                return jax.tree.map(jnp.add, total, new), out
-
-            return _unless_empty(part[0], add, lambda shapes: (total, _zeros(shapes[1])))
-
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p.dtype)), state.params)
-        total, (values, (aux, logp, entropy, shares)) = jax.lax.scan(accumulate, zeros, slices(whole, count))
-        value, balance, aux, logp, entropy = jnp.sum(values), jnp.sum(shares), combine_aux(aux), unslice(logp), unslice(entropy)
-
-    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 and float32
-        updates, opt_state = optimizer.update(total, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, opt_state)
-    new_state = TrainState(state.step + 1, params, opt_state, state.algorithm)
+    new_state, updates = states.advance(state, optimizer, total)
+    moves = None
     if batch.fresh is not None:
-        some = jnp.any(batch.mask)  # without a row there is no update: neither decay nor momentum moves anything
+        moves = jnp.any(batch.mask)  # without a row there is no update: neither decay nor momentum moves anything
+    elif critic is not None and critic.alone_updates:
+        moves = state.algorithm.step >= critic.alone_updates
+    if moves is not None:
         new_state, updates = jax.tree.map(
-            lambda new, old: jnp.where(some, new, old), (new_state, updates), (state, jax.tree.map(jnp.zeros_like, updates))
+            lambda new, old: jnp.where(moves, new, old), (new_state, updates), (state, jax.tree.map(jnp.zeros_like, updates))
         )
+    watched: Metrics = {}
+    if critic is not None and algorithm.returns is not None:
+        returns = jnp.where(batch.mask, algorithm.returns(signals), 0.0)
+        own, watched = critics.learn(critic, state.algorithm, batch, returns, token_weight, count=count)
+        new_state = dataclasses.replace(new_state, algorithm=own)
     metrics = {
         "policy/loss": value,
         "optimizer/gradient_norm": optax.tree.norm(total),
@@ -235,9 +211,10 @@ def _update(
         "policy/entropy": masked_mean(entropy, batch.mask),
         **{name: number for name, number in aux.items() if name != "policy/objective"},
         **_rollout_metrics(algorithm, batch, logp, entropy),
+        **watched,
     }
     if model.balance_weight:
-        metrics["policy/load_balance"] = balance
+        metrics["policy/load_balance"] = jnp.sum(shares)
     per_token = jax.tree.leaves(advantage)[0]  # an algorithm with more constants than an advantage has it first
     first = jnp.argmax(batch.mask, axis=-1, keepdims=True)
     return new_state, (metrics, jnp.take_along_axis(per_token, first, axis=-1)[..., 0])

@@ -440,7 +440,7 @@ def test_a_critic_on_a_policys_body() -> None:
     )
     right, _, left, left_mask = (jnp.asarray(x) for x in rows("qwen3"))
     completion = right[:, None, :6]
-    found = quick(lambda p: heads.values(critic, p, left, left_mask, completion))(own)
+    found = quick(lambda p: heads.values(critic, p, left, left_mask, completion)[0])(own)
     hidden = policy.completion_hidden(params, left, left_mask, completion)
     expected = np.asarray(hidden) @ np.asarray(own["head"])[:, 0] + np.asarray(own["head_bias"])[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreason.objectives import heads, valued_loss, weights
+from jaxreason.objectives import Signals, heads, ppo, prepare, valued_loss, vapo, weights
 
 RNG = np.random.default_rng(0)
 SHAPE = (2, 3, 4)
@@ -64,6 +64,25 @@ def test_outcome_cross_entropy_survives_extreme_logits():
     )
     np.testing.assert_allclose(coefficient, [[0, 1, -1, 0]], atol=1e-12)
     np.testing.assert_allclose(objective, [[0, -800, -800, 0]], atol=1e-12)
+
+
+def test_what_a_critic_learns():
+    """PPO's returns are advantage + value, its KL in them; VAPO's are what is still to come, which values do not enter."""
+    reward, discount = RNG.normal(size=SHAPE[:2]), 0.9
+    value, behaviour, reference = (jnp.where(MASK, RNG.normal(size=SHAPE), jnp.nan) for _ in range(3))
+    mask = jnp.asarray(MASK)
+    signals = Signals(mask, jnp.asarray(reward), value=value, logp_behaviour=behaviour, logp_ref=reference)
+    algorithm = ppo(beta=0.1, discount=discount, lambda_=0.7)
+    assert algorithm.returns is not None
+    expected = prepare(algorithm, signals)[0] + value
+    np.testing.assert_allclose(algorithm.returns(signals)[MASK], expected[MASK], rtol=1e-12)
+    returns = vapo(discount=discount).returns
+    assert returns is not None
+    found = returns(signals)
+    for p, g in np.ndindex(*SHAPE[:2]):
+        chosen = np.flatnonzero(MASK[p, g])
+        to_come = reward[p, g] * discount ** np.arange(len(chosen))[::-1]
+        np.testing.assert_allclose(found[p, g, chosen], to_come, rtol=1e-9)
 
 
 def test_value_loss_plain():

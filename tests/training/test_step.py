@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,13 +11,16 @@ import pytest
 
 from jaxreason import config as configs
 from jaxreason import objectives
+from jaxreason.models import decoder
+from jaxreason.models.families import Head
 from jaxreason.numerics import TokenLaw, token_logprobs
 from jaxreason.pipelines import experiment
 from jaxreason.training import state as states
+from jaxreason.training.critic import Critic
 from jaxreason.training.optimizer import make_optimizer
 from jaxreason.training.step import PROVIDED, Split, make_update
 
-from .test_mesh import ONE, OPTIMIZER, G, P, make, rollouts
+from .test_mesh import ARCHITECTURE, ONE, OPTIMIZER, G, P, make, rollouts
 
 EVERY = objectives.every_algorithm()
 FED = [a for a in EVERY if "reward" in a.needs and a.needs <= PROVIDED]
@@ -28,12 +32,16 @@ def test_the_update_takes_any_algorithm_that_it_can_feed(algorithm: objectives.A
     """Traced, which is where shapes, dtypes and missing signals show; two updates in micro-batches, so that old is needed."""
     mesh, model, params, reference = make(ONE, "float32")
     optimizer = make_optimizer(OPTIMIZER, steps=4)
-    update = make_update(model, algorithm, optimizer, temperature=0.9, split=Split(4, 2))
-    state = states.create(model, optimizer, mesh, params)
+    critic, state = None, states.abstract(model, optimizer, mesh)
+    if "value" in algorithm.needs:
+        critic = Critic(decoder.make_decoder(ARCHITECTURE, model.numerics, mesh, head=Head("token", 1)), optimizer)
+        state = replace(state, algorithm=states.abstract(critic.model, optimizer, mesh))
+    update = make_update(model, algorithm, optimizer, temperature=0.9, split=Split(4, 2), critic=critic)
     after, metrics, advantage = jax.eval_shape(update, state, reference, rollouts(mesh, "float32"))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert advantage.shape == (P, G)
     assert {"policy/loss", "policy/clip_fraction", "policy/ratio_mean"} <= set(metrics) and "coefficient" not in metrics
+    assert ("value/loss" in metrics) == (critic is not None)
     assert ("policy/kl_ref" in metrics) == ("reference" in algorithm.needs)
 
 
