@@ -16,6 +16,7 @@ from jaxreason.models.config import Architecture
 from jaxreason.naming import nearest
 from jaxreason.rewards import pool
 from jaxreason.sampling.rollout import SamplingConfig
+from jaxreason.training import profiling
 from jaxreason.training.optimizer import check as check_optimizer
 
 LEAST = {
@@ -100,6 +101,7 @@ def check(config: Config, *, shards: int) -> None:
     for name in RESERVED & set(config.reward):
         raise ValueError(f"config.reward has a part named '{name}', which is a metric's own name: choose another")
     _check_curriculum(config)
+    profiling.steps_of(config.profile, last=config.online.steps)
     accuracy = config.evaluation.accuracy
     if accuracy not in config.reward:
         raise ValueError(

@@ -30,6 +30,7 @@ from jaxreason.training.collect import RulePart, ScoringConfig
 from jaxreason.training.critic import CriticConfig
 from jaxreason.training.evaluate import EvaluationConfig
 from jaxreason.training.online import OnlineConfig
+from jaxreason.training.profiling import ProfileConfig
 from jaxreason.training.supervised import PhaseConfig, Saving, SupervisedConfig
 
 
@@ -70,6 +71,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: Saving = field(default_factory=Saving)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def default() -> ConfigDict:

@@ -150,6 +150,73 @@ def place(mesh: Mesh, tree: Any, axes: Axes) -> Any:
     return jax.tree.map(put, tree)
 
 
+def held_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of `count` problems' rows lie on this process' devices."""
+    indices = named(mesh, ("problems",)).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in indices if index is not None]))
+
+
+def keepers(mesh: Mesh, count: int) -> np.ndarray:
+    """The process that works on each of `count` problems on the host: one of those that hold its row, which take turns."""
+    held: list[set[int]] = [set() for _ in range(count)]
+    for device, index in named(mesh, ("problems",)).devices_indices_map((count,)).items():
+        for row in range(count)[index[0]] if index else ():
+            held[row].add(device.process_index)
+    return np.asarray([sorted(each)[row % len(each)] for row, each in enumerate(held)], np.int32)
+
+
+def place_held(mesh: Mesh, tree: Any, count: int) -> Any:
+    """Puts host arrays that hold the rows of `held_rows` alone on the mesh, as rows of arrays of `count` problems."""
+    sharding, at = named(mesh, ("problems",)), np.zeros(count, np.int64)
+    held = held_rows(mesh, count)
+    at[held] = np.arange(len(held))
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+
+        def block(index: Any) -> np.ndarray:
+            return x[at[index[0]]]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, block)
+
+    return jax.tree.map(put, tree)
+
+
+def fetch_held(tree: Any, rows: np.ndarray) -> Any:
+    """Copies these rows of arrays that lie along `problems`, all of them on this process' devices, to the host."""
+
+    def get(x: jax.Array) -> np.ndarray:
+        blocks = {shard.index[0].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
+        held = np.concatenate([start + np.arange(len(block)) for start, block in sorted(blocks.items())])
+        return np.concatenate([block for _, block in sorted(blocks.items())])[np.searchsorted(held, rows)]
+
+    return jax.tree.map(get, tree)
+
+
+def of_keepers(tree: Any, keeper: np.ndarray) -> Any:
+    """The rows of all problems on every process: `tree` has, as host arrays, those that this process keeps."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        rows = np.zeros((len(keeper), *x.shape[1:]), x.dtype)
+        rows[keeper == jax.process_index()] = x
+        return rows
+
+    gathered = multihost_utils.process_allgather(jax.tree.map(spread, tree))
+    return jax.tree.map(lambda x: np.asarray(x)[keeper, np.arange(len(keeper))], gathered)
+
+
+def sum_of_processes(x: np.ndarray) -> np.ndarray:
+    """The sum of the processes' host arrays, on all of them."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0)
+
+
 def fetch(tree: Any) -> Any:
     """Copies device arrays to the host as NumPy, gathering over processes where an array is spread over several."""
 
@@ -163,15 +230,6 @@ def fetch(tree: Any) -> Any:
         return np.asarray(x)
 
     return jax.tree.map(get, tree)
-
-
-def of_first_process(tree: Any) -> Any:
-    """Process 0's host arrays on every process, which have arrays of the same shapes."""
-    if jax.process_count() == 1:
-        return tree
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def barrier(name: str) -> None:

@@ -35,7 +35,8 @@ type "${command[0]}" >/dev/null 2>&1 ||
 
 if [[ -n ${DEVICES:-} ]]; then
     export JAX_PLATFORMS=cpu
-    export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
+    # with its other scheduler XLA may send two sums in another order in each process, and Gloo then ends them
+    export XLA_FLAGS="${XLA_FLAGS:-} --xla_cpu_enable_concurrency_optimized_scheduler=false --xla_force_host_platform_device_count=$DEVICES"
     # simulated devices wait for each other in a pool of NPROC threads; with one a device, two sums can each hold half of them
     export NPROC="${NPROC:-$((4 * DEVICES))}"
 fi

@@ -125,6 +125,8 @@ MISTAKES: list[tuple[list[str], int, list[str]]] = [
     (["supervised.optimizer.schedule=step"], 1, ["config.supervised.optimizer.schedule", "'step'", "constant, cosine"]),
     (["online.optimizer.learning_rate=-1e-3"], 1, ["config.online.optimizer.learning_rate", "-0.001", "0 or more"]),
     (["online.optimizer.b2=1.0"], 1, ["config.online.optimizer.b2", "1.0", "less than 1"]),
+    (["profile.steps=last"], 1, ["config.profile.steps is 'last'", "such as '3'"]),
+    (["profile.steps=2-100000"], 1, ["config.profile.steps is '2-100000'", "config.online.steps is"]),
     (["supervised.optimizer.max_gradient_norm=0.0"], 1, ["config.supervised.optimizer.max_gradient_norm", "more than 0"]),
 ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / "launch" / "local.sh"
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 SECONDS = 300  # until a test gives up on a process
 
 # what the launcher starts in the tests of the launcher alone: a program with the same options and a life of its own
@@ -49,7 +52,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
     """Waits for a condition while the process runs."""
     end = time.monotonic() + SECONDS
     while not condition():
-        assert process.poll() is None, "\n".join(process.communicate())
+        assert process.poll() is None, "\n".join(each or "" for each in process.communicate())
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -64,7 +67,7 @@ def test_every_process_is_told_of_the_others(tmp_path: Path) -> None:
     for i, arguments in enumerate(given):
         assert arguments[:5] == ["train", "--config", "a name:tiny", "--workdir", "runs/two words"]
         assert arguments[5:] == ["--coordinator", address, "--processes", "3", "--process", str(i)]
-        assert (tmp_path / f"flags.{i}").read_text() == "--xla_some_flag=true --xla_force_host_platform_device_count=4"
+        assert (tmp_path / f"flags.{i}").read_text() == f"--xla_some_flag=true {IN_ORDER} --xla_force_host_platform_device_count=4"
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((0, 3), 3), ((75, 75), 75)])
@@ -177,39 +180,154 @@ def assert_close(given: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
             assert a[name] == (pytest.approx(value, rel=1e-9, abs=1e-9) if isinstance(value, float | dict) else value), name
 
 
+Pair = Callable[..., list[subprocess.Popen[str]]]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Two processes of four devices without the launcher, which would pass a signal on, and kill whom another leaves."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(workdir: Path, shape: tuple[int, int, int], *more: str, env: dict[str, str]) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        words = [*command(2, workdir, shape)[2:], *more, "--coordinator", address, "--processes", "2", "--process"]
+        devices = {"XLA_FLAGS": f"{env['XLA_FLAGS']} {IN_ORDER} --xla_force_host_platform_device_count=4", "NPROC": "16"}
+        for i in range(2):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "jaxreason", *words, str(i)],
+                    env=env | devices,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """The code of each process and what it said."""
+    return [(code, said) for said, code in ((each.communicate(timeout=SECONDS)[0], each.returncode) for each in processes)]
+
+
+def reached(workdir: Path) -> int:
+    """The step of reinforcement that was logged last."""
+    file = workdir / "metrics.jsonl"
+    rows = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+    return max((row["step"] for row in map(json.loads, rows) if row["stage"] == "reinforce"), default=-1)
+
+
+def saved(workdir: Path) -> list[int]:
+    return sorted(int(file.name.split(".")[0]) for file in (workdir / "checkpoints" / "reinforce").glob("*.manifest.json"))
+
+
+def run(processes: int, workdir: Path, shape: tuple[int, int, int], *more: str, env: dict[str, str]) -> str:
+    """What a run by the launcher, to its end, says."""
+    devices = str(8 // processes if shape != (1, 1, 1) else 1)
+    words = [*command(processes, workdir, shape), *more]
+    done = subprocess.run(words, env=env | {"DEVICES": devices}, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stdout + done.stderr
+    return done.stdout
+
+
+def states(*folders: Path, env: dict[str, str]) -> list[dict[str, np.ndarray]]:
+    """The last state of reinforcement of each run."""
+    subprocess.run([sys.executable, "-c", STATE, *folders], env=env | {"JAX_ENABLE_X64": "1"}, check=True, timeout=SECONDS)
+    return [dict(np.load(folder / "state.npz")) for folder in folders]
+
+
+def assert_same_run(given: Path, expected: Path) -> None:
+    """Line by line to 1e-9; a line that two processes wrote would be there twice."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert_close(lines(given / name), lines(expected / name))
+
+
+THREE = "--config.online.steps=3"
+
+
 @pytest.mark.slow
-def test_two_processes_are_one_run(tmp_path: Path) -> None:
-    """2 processes x 4 devices, interrupted by SIGTERM and continued, = 1 process x 8 devices = 1 device, to 1e-9."""
+def test_two_processes_are_one_run(pair: Pair, tmp_path: Path) -> None:
+    """2 processes x 4 devices = 1 process x 8 devices = 1 device, to 1e-9; SIGTERM to one process stops both, and what they
+    go on to is bit for bit what an undisturbed pair ends with."""
     env = environment(tmp_path / "cache")
-    two, eight, one = (tmp_path / name for name in ("two", "eight", "one"))
-    first = command(2, two, (2, 2, 2))
-    process = subprocess.Popen(first, env=env | {"DEVICES": "4"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: (two / "metrics.jsonl").is_file() and (two / "metrics.jsonl").stat().st_size > 0, process)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 75, output + errors
-    assert "Interrupted and saved" in output and "Traceback" not in errors and "killed" not in errors
-    assert not (two / "summary.json").exists()
+    stopped, two, eight, one = (tmp_path / name for name in ("stopped", "two", "eight", "one"))
+    shape = (2, 2, 2)
+    processes = pair(stopped, shape, THREE, env=env)
+    until(lambda: reached(stopped) >= 1, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    (code, said), (other_code, other_said) = ended(processes)
+    assert (code, other_code) == (75, 75), said + other_said
+    assert "Interrupted and saved" in said and "Traceback" not in said + other_said
+    assert not (stopped / "summary.json").exists() and saved(stopped)[-1] in (1, 2)
+    assert f"resuming stage 'reinforce' from step {saved(stopped)[-1]}" in run(2, stopped, shape, THREE, env=env)
 
-    for workdir, processes, devices, shape in ((two, 2, 4, (2, 2, 2)), (eight, 1, 8, (2, 2, 2)), (one, 1, 1, (1, 1, 1))):
-        ended = subprocess.run(
-            command(processes, workdir, shape), env=env | {"DEVICES": str(devices)}, capture_output=True, text=True, timeout=SECONDS
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert ("resuming stage" in ended.stdout) == (workdir == two)
-        assert (ended.stdout.count("reinforce 2/2"), "Traceback" in ended.stderr) == (1, False)  # process 1 shows nothing
+    for workdir, count, sizes in ((two, 2, shape), (eight, 1, shape), (one, 1, (1, 1, 1))):
+        assert run(count, workdir, sizes, THREE, env=env).count("reinforce 3/3") == 1  # process 1 shows nothing
+    after_signal, *others, expected = states(stopped, two, eight, one, env=env)
+    for state in others:
+        assert sorted(state) == sorted(expected)
+        for name, values in expected.items():
+            np.testing.assert_allclose(state[name], values, rtol=1e-9, atol=1e-9 * np.max(np.abs(values)), err_msg=name)
+    moments = [name for name in expected if ".nu[" in name]
+    assert len(moments) > 10 and all(np.any(expected[name] > 0) for name in moments)  # the gradient was one
 
-    subprocess.run([sys.executable, "-c", STATE, two, eight, one], env=env | {"JAX_ENABLE_X64": "1"}, check=True, timeout=SECONDS)
-    states = [np.load(folder / "state.npz") for folder in (two, eight, one)]
-    for state in states[:2]:
-        assert sorted(state) == sorted(states[2])
-        for name, expected in states[2].items():
-            np.testing.assert_allclose(state[name], expected, rtol=1e-9, atol=1e-9 * np.max(np.abs(expected)), err_msg=name)
-    moments = [name for name in states[0] if ".nu[" in name]
-    assert len(moments) > 10 and all(np.any(states[0][name] > 0) for name in moments)  # the gradient was one
-
-    for folder in (two, eight):  # a line written by two processes would be there twice
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            assert_close(lines(folder / name), lines(one / name))
+    assert {name: x.tobytes() for name, x in after_signal.items()} == {name: x.tobytes() for name, x in others[0].items()}
+    assert lines(stopped / "metrics.jsonl") == lines(two / "metrics.jsonl")
+    for name in ("rollouts.jsonl", "policy/model.safetensors"):
+        assert (stopped / name).read_bytes() == (two / name).read_bytes(), name
+    for folder in (two, eight):
+        assert_same_run(folder, one)
     assert {row["reward"]["format"] for row in lines(one / "rollouts.jsonl")} == {0.0, 1.0}
-    assert not list(two.rglob("*.tmp")) and not list(two.glob(".*"))
+    assert not list(stopped.rglob("*.tmp")) and not list(stopped.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair: Pair, tmp_path: Path) -> None:
+    """Rules run on the host, each completion's in one process; the numbers are those of one process that was not killed."""
+    env = environment(tmp_path / "cache")
+    host = ("--config.reward.accuracy.rule=math.gsm8k_answer", "--config.evaluation.every_steps=1", THREE)
+    killed, one = tmp_path / "killed", tmp_path / "one"
+    processes = pair(killed, (2, 2, 2), *host, env=env)
+    until(lambda: bool(saved(killed)), processes[0])
+    processes[1].kill()
+    (code, said), (other_code, _) = ended(processes)
+    # the first says what a sum that lost its other half says, or else that it misses the other's heartbeats
+    assert code in (1, -signal.SIGABRT) and other_code == -signal.SIGKILL, said
+    assert "Gloo" in said.splitlines()[-1] or "stopped sending heartbeats" in said
+    # on another mesh, whose parameters lie on both processes: what was whole is taken up
+    step = saved(killed)[-1]
+    assert f"resuming stage 'reinforce' from step {step}" in run(2, killed, (1, 4, 2), *host, env=env)
+    run(1, one, (1, 1, 1), *host, env=env)
+    given, expected = states(killed, one, env=env)
+    for name, values in expected.items():
+        np.testing.assert_allclose(given[name], values, rtol=1e-9, atol=1e-9 * np.max(np.abs(values)), err_msg=name)
+    assert_same_run(killed, one)
+    assert any("reward/failed/error" in row for row in lines(one / "metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process, as Linux can")
+def test_a_process_that_cannot_save_ends_the_run(pair: Pair, tmp_path: Path) -> None:
+    """It says so when it saves again; the other ends for want of its signs of life, and the checkpoint before stays."""
+    workdir = tmp_path / "run"
+    more = (
+        "--config.online.steps=100000",
+        "--config.supervised.phases.base.steps=0",
+        "--config.supervised.phases.cold_start.steps=0",
+    )
+    processes = pair(workdir, (1, 4, 2), *more, env=environment(tmp_path / "cache"))
+    until(lambda: len(saved(workdir)) >= 2, processes[0])
+    resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (64, 64))
+    (code, said), (other_code, other_said) = ended(processes)
+    assert code in (1, -signal.SIGABRT) and other_code == 2, said + other_said
+    (sentence,) = [line for line in other_said.splitlines() if line.startswith("jaxreason: ")]
+    assert "Error writing" in sentence and "ocdbt.process_1" in sentence
+    kept = saved(workdir)
+    assert kept and all((workdir / "checkpoints" / "reinforce" / str(step)).is_dir() for step in kept)

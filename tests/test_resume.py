@@ -27,6 +27,7 @@ from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
 from jaxreason.training.metrics import read_jsonl
+from jaxreason.training.profiling import ProfileConfig
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -414,6 +415,7 @@ def test_a_workdir_that_cannot_be_used_is_a_sentence(short: configs.Config, undi
         folders.open_folder(changed, undisturbed)
     mesh = dataclasses.replace(short.mesh, fsdp=4, data=2)
     folders.open_folder(dataclasses.replace(short, mesh=mesh), undisturbed)  # a run goes on on other devices
+    folders.open_folder(dataclasses.replace(short, profile=ProfileConfig("3-5")), undisturbed)  # ... and under the profiler
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not a run's folder and holds 'notes\.txt'"):
         folders.open_folder(short, tmp_path)

@@ -8,7 +8,9 @@ import os
 import shlex
 import shutil
 import sys
-from contextlib import closing
+import threading
+import traceback
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rich.console import Console
 
 from jaxreason import config as schema
 from jaxreason import sharding
-from jaxreason.cli.main import DONE, INTERRUPTED
+from jaxreason.cli.main import DONE, INTERRUPTED, MISTAKE, NON_FINITE
 from jaxreason.cli.progress import before_after_table, make_progress, side_by_side, visible
 from jaxreason.cli.signals import stop_on_signals
 from jaxreason.data.batching import prompt_batch, prompt_limits
@@ -26,17 +28,31 @@ from jaxreason.pipelines import experiment as experiments
 from jaxreason.pipelines import folder as folders
 from jaxreason.pipelines import run as runs
 from jaxreason.training.collect import applying, completions, placer, record, sample_and_score, score_on_host
+from jaxreason.training.metrics import NonFiniteError
 from jaxreason.training.report import write_report
 from jaxreason.types import Problem, Reward
+
+CACHE = ".jax_cache"  # beside runs' folders, for all of them
+HEARTBEAT_SECONDS = 60  # without a sign of life from a process, after which the others end
+PARTING_SECONDS = 10  # that a process which failed waits for the others to fail alike
 
 
 def train(given: argparse.Namespace) -> int:
     config = schema.load(given.config, given.overrides)
     _join(given)
     choose_precision(config)
-    cache_compilations()
+    try:
+        return _train(config, given)
+    except Exception as error:
+        if jax.process_count() > 1:
+            _leave(error)
+        raise
+
+
+def _train(config: schema.Config, given: argparse.Namespace) -> int:
     console, main = Console(soft_wrap=not sys.stdout.isatty()), jax.process_index() == 0
     folders.open_folder(config, given.workdir)
+    cache_compilations(given.workdir.absolute().parent)
     ended = folders.finished(given.workdir)
     if ended is not None:
         if main:
@@ -84,9 +100,28 @@ def _join(given: argparse.Namespace) -> None:
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
             raise ValueError("--coordinator, --processes and --process go together: give all three, or --distributed alone")
-        jax.distributed.initialize(given.coordinator, given.processes, given.process)
+        jax.distributed.initialize(given.coordinator, given.processes, given.process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     elif given.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def _leave(error: Exception) -> None:
+    """Waits for the other processes, which may have failed alike; where they have not, says why and ends without them.
+
+    They wait for this one in a computation then, and end when they miss its signs of life.
+    """
+    parting = threading.Thread(target=jax.distributed.shutdown, name="parting", daemon=True)
+    parting.start()
+    parting.join(PARTING_SECONDS)
+    if not parting.is_alive():
+        return
+    if isinstance(error, ValueError | NonFiniteError):
+        print(f"jaxreason: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(NON_FINITE if isinstance(error, NonFiniteError) else MISTAKE if isinstance(error, ValueError) else 1)
 
 
 def choose_precision(config: schema.Config) -> None:
@@ -94,11 +129,18 @@ def choose_precision(config: schema.Config) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def cache_compilations() -> None:
-    """Keeps compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+def cache_compilations(folder: Path) -> None:
+    """Keeps compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or else in `.jax_cache` of this folder.
+
+    Where nothing can be written there, programs are compiled anew at each start.
+    """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxreason" / "xla"))
+        cache = folder.absolute() / CACHE
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        if not cache.is_dir() or not os.access(cache, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -107,7 +149,7 @@ def _open(run: Path) -> tuple[experiments.Experiment, Any, str]:
     """The experiment of a run's folder on this machine's devices, with its newest weights."""
     config = folders.read_config(run)
     choose_precision(config)
-    cache_compilations()
+    cache_compilations(run.absolute().parent)
     if jax.process_count() == 1 and not sharding.fits(config.mesh, devices=jax.device_count()):
         config = dataclasses.replace(config, mesh=sharding.MeshConfig())  # trained on other devices than these
     experiment = experiments.build(config, run)

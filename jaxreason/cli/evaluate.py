@@ -32,6 +32,7 @@ from jaxreason.rewards.finding import host_rules
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.training.collect import RulePart
 from jaxreason.training.online import OnlineConfig
+from jaxreason.training.profiling import ProfileConfig
 from jaxreason.training.results import ALL
 from jaxreason.training.supervised import SupervisedConfig
 
@@ -46,11 +47,13 @@ def run(given: argparse.Namespace) -> int:
     evaluation.check(asked, shown)
     config, is_run = _config(given)
     choose_precision(config)
-    cache_compilations()
     if not sharding.fits(config.mesh, devices=jax.device_count()):
         config = dataclasses.replace(config, mesh=sharding.MeshConfig())  # trained on other devices than these
     # what only training needs is not looked at
-    e = experiments.build(dataclasses.replace(config, supervised=SupervisedConfig(), online=OnlineConfig()), given.model)
+    no_training = {"supervised": SupervisedConfig(), "online": OnlineConfig(), "profile": ProfileConfig()}
+    e = experiments.build(dataclasses.replace(config, **no_training), given.model)
+    beside = given.model if is_run else given.out or Path("evaluations", "model")
+    cache_compilations(beside.absolute().parent)
     if is_run:
         params, source = runs.latest_params(e._replace(config=config), given.model)
     else:

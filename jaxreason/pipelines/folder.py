@@ -4,7 +4,7 @@ config.json      the resolved config        metrics.jsonl    a line a logged ste
 checkpoints/     both stages' states        rollouts.jsonl   a line a shown completion
 tokenizer/       where the task made one    examples.json    held-out completions before and after
 policy/          the Hugging Face folder    summary.json     before, after, seconds; written last
-                                            skipped_rows.json   where rows of the data set were left out
+profile/         traces of chosen steps     skipped_rows.json   where rows of the data set were left out
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def begin(config: Config, workdir: Path) -> None:
 
 
 def _changed(config: Config, known: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys in which a run differs from this one; not those of the mesh, for a run goes on on other devices."""
+    """The keys in which a run differs from this one, but for the mesh and the profiler: with others of these it goes on."""
     # through JSON, as the stored one went: tuples are lists there
-    new = json.loads(json.dumps(configs.to_dict(config)))
-    return differences({**known, "mesh": None}, {**new, "mesh": None})
+    new, free = json.loads(json.dumps(configs.to_dict(config))), {"mesh": None, "profile": None}
+    return differences({**known, **free}, {**new, **free})
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

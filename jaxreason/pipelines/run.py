@@ -32,7 +32,7 @@ from jaxreason.pipelines.experiment import (
 )
 from jaxreason.pipelines.folder import Result, begin, open_folder, read_json
 from jaxreason.sampling import parking
-from jaxreason.training import online, partial, supervised
+from jaxreason.training import online, partial, profiling, supervised
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
 from jaxreason.training.evaluate import Evaluate
@@ -223,7 +223,8 @@ def _online(
         stop=e.stop,
         accuracy=e.config.evaluation.accuracy,
     )
-    with _checkpointer(e, workdir, online.STAGE) as checkpointer:
+    profiled = profiling.steps_of(e.config.profile, last=config.steps)
+    with _checkpointer(e, workdir, online.STAGE) as checkpointer, profiling.tracing(profiled, workdir / "profile") as trace:
         told = {"params": params, "log": log, "progress": progress}
 
         def carried() -> Any:
@@ -232,6 +233,8 @@ def _online(
             return parking.vacant(parked) if parked else {}
 
         state, start, extra = _restore(e, checkpointer, optimizer, online.STAGE, **told, carries=_carried(e), carried=carried)
+        if profiled and start >= profiled[-1]:
+            progress.message(f"nothing is profiled: config.profile.steps = {e.config.profile.steps} are done")
         return online.reinforce(
             state,
             reference=params if frozen is None and "reference" in e.algorithm.needs else frozen,
@@ -255,6 +258,7 @@ def _online(
             stop_strings=e.stop,
             pool=curriculum_pool(e, overlong) if config.curriculum.on else 0,
             seed=e.config.seed,
+            trace=trace,
         )
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason import sharding
@@ -22,7 +23,7 @@ from jaxreason.rewards.votes import voted
 from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.sampling.stops import StopStrings
 from jaxreason.tasks.task import Task
-from jaxreason.training.collect import Scoring, applying, completions, placer, record, sample_and_score, score_on_host
+from jaxreason.training.collect import Scoring, applying, completions, record, sample_and_score, score_on_host
 from jaxreason.types import Problem, Reward
 
 Rows = list[dict[str, Any]]
@@ -53,15 +54,17 @@ def make_answer(
     else:
         program = jax.jit(run, out_shardings=sharding.named(mesh))
     key = jax.random.key(seed or 0)
-    place = placer(mesh)
+    held, keeper = sharding.held_rows(mesh, size).tolist(), sharding.keepers(mesh, size)
 
     def answer(params: Any, numbered: Sequence[tuple[int, Problem]]) -> Rows:
         full = [*numbered, *([numbered[-1]] * (size - len(numbered)))]  # one shape, so one compilation
-        prompts = prompt_batch(full, task=task, tokenizer=tokenizer, **prompt_limits(sampling))
-        sampled, parts = sharding.fetch(program(params, place(prompts), key))
+        prompts = prompt_batch([full[row] for row in held], task=task, tokenizer=tokenizer, **prompt_limits(sampling))
+        sampled, parts = sharding.fetch(program(params, sharding.place_held(mesh, prompts, size), key))
         groups = completions(sampled, tokenizer, stop=stop)[: len(numbered)]
-        problems = [problem for _, problem in numbered]
-        host = score_on_host(scoring, problems, groups, traced={name: values[: len(numbered)] for name, values in parts.items()})
+        kept = keeper[: len(numbered)]
+        own = np.flatnonzero(kept == jax.process_index()).tolist()
+        problems, traced = [full[row][1] for row in own], {name: values[own] for name, values in parts.items()}
+        host = score_on_host(scoring, problems, [groups[row] for row in own], traced=traced, keeper=kept, size=samples)
         parts = {**parts, **host.parts}
         rows: Rows = []
         for p, (number, problem) in enumerate(numbered):

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Checkpointer:
         self._directory = Path(directory).absolute()
         self._keep = keep
         # Orbax would remove an old step before the new one has its manifest, so retention is ours.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, lightweight_initialize=True)
+        told = ocp.AsyncOptions(barrier_sync_fn=_meet) if jax.process_count() > 1 else None
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, lightweight_initialize=True, async_options=told)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
         self._sealing: Future[None] | None = None
@@ -271,6 +273,14 @@ def _check_leaves(abstract_state: Any, stored: Mapping[str, str], *, where: str)
         if getattr(leaf, "sharding", None) is None:
             name = jax.tree_util.keystr(path)
             raise ValueError(f"Leaf {name} was given without a sharding, expected a jax.ShapeDtypeStruct that has one")
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, at which a process whose own save has failed would wait 20 minutes for the others before it says so."""
+    failure = sys.exc_info()[1]
+    if failure is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _agree(value: Any) -> Any:

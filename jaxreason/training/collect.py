@@ -279,13 +279,18 @@ def score_on_host(
     done: Sequence[bool] | None = None,
     *,
     traced: Mapping[str, Any] = MappingProxyType({}),
+    keeper: np.ndarray | None = None,
+    size: int = 0,
 ) -> HostScores:
     """The host parts of the reward; 0 for groups that are not `done`, which no rule is asked about.
 
     Rules of a whole group come last: they are told the other parts, the `traced` ones among them. A ValueError says what a rule
     raised, where it did so on every one of several completions, or on every group: then it is the rule's mistake.
+
+    Where several processes score, `keeper` [P] says which of them has each problem's group. What is given are then this process'
+    own rows, maybe none, of groups of `size`; what comes back are those of all, the same everywhere.
     """
-    asked = np.zeros((len(groups), len(groups[0]) if groups else 0), bool)
+    asked = np.zeros((len(groups), len(groups[0]) if groups else size), bool)
     asked[:] = True if done is None else np.asarray(done, bool)[:, None]
     parts = {name: np.zeros(asked.shape, np.float32) for name in (*scoring.host, *scoring.group)}
     failed = {reason: np.zeros(asked.shape, bool) for reason in FAILURES if parts}
@@ -298,7 +303,7 @@ def score_on_host(
                 parts[name][place] = 0.0 if outcome.reward is None else in_array(mixture.value(outcome.reward))
                 if outcome.failure:
                     failed[outcome.failure][place] = True
-        parts, failed = _agreed(parts, failed, outcomes, "completion", least=2)
+        _check_useful(scoring.host, outcomes, "completion", least=2, shared=keeper is not None)
     if scoring.group:
         told = {**traced, **{name: parts[name] for name in scoring.host}}
         places = np.flatnonzero(asked.any(axis=1)).tolist()
@@ -311,24 +316,21 @@ def score_on_host(
                     parts[name][p] = [in_array(value) for value in outcome.reward.parts.values()]
                 else:
                     failed[outcome.failure][p] = True
-        parts, failed = _agreed(parts, failed, outcomes, "group", least=1)
-    return HostScores(parts, failed, asked)
+        _check_useful(scoring.group, outcomes, "group", least=1, shared=keeper is not None)
+    scores = HostScores(parts, failed, asked)
+    return scores if keeper is None else sharding.of_keepers(scores, keeper)
 
 
-Failed = dict[str, np.ndarray]
-
-
-def _agreed(
-    parts: dict[str, np.ndarray], failed: Failed, outcomes: Sequence[Mapping[str, Outcome]], what: str, *, least: int
-) -> tuple[dict[str, np.ndarray], Failed]:
-    """What the first process found, on all: every one scores, and what ran into a limit on one may not have done so on another."""
-    names = list(outcomes[0]) if len(outcomes) >= least else []
-    useless = {name: np.asarray(all(each[name].failure == "error" for each in outcomes)) for name in names}
-    parts, failed, useless = sharding.of_first_process((parts, failed, useless))
-    for name in names:
-        if useless[name]:
-            raise ValueError(f"the rule of config.reward.{name} fails on every {what}: {outcomes[0][name].detail}")
-    return parts, failed
+def _check_useful(
+    rules: Mapping[str, Any], outcomes: Sequence[Mapping[str, Outcome]], what: str, *, least: int, shared: bool
+) -> None:
+    """A ValueError where a rule raised on all that it was asked about, which were `least` or more, on all processes together."""
+    counts = np.asarray([[len(outcomes), sum(each[name].failure == "error" for each in outcomes)] for name in rules], np.int32)
+    totals = sharding.sum_of_processes(counts) if shared else counts
+    for name, (asked, errors) in zip(rules, totals.tolist(), strict=True):
+        if asked >= least and errors == asked:
+            detail = outcomes[0][name].detail if outcomes else "another process says how"
+            raise ValueError(f"the rule of config.reward.{name} fails on every {what}: {detail}")
 
 
 def _told(scoring: Scoring, parts: Mapping[str, Any], p: int, size: int) -> list[Reward]:
@@ -366,9 +368,9 @@ class Shown(NamedTuple):
 
 
 def rows_of(
-    shown: Shown, problems: Sequence[Problem], tokenizer: Tokenizer, *, stop: StopStrings | None = None
+    shown: Shown, problem: Callable[[int], Problem], tokenizer: Tokenizer, *, stop: StopStrings | None = None
 ) -> list[dict[str, Any]]:
-    """Shown rollouts as records for `rollouts.jsonl`."""
+    """Shown rollouts as records for `rollouts.jsonl`; `problem` gives that of a row of the step."""
     rows = []
     for p, group in enumerate(completions(shown, tokenizer, stop=stop)):
         seat = p if shown.seat is None else int(shown.seat[p])
@@ -376,7 +378,7 @@ def rows_of(
             continue
         for g, completion in enumerate(group):
             reward = Reward(float(shown.reward[p, g]), applying(shown.parts, p, g))
-            rows.append(record(problems[seat], completion, reward, advantage=float(shown.advantage[p, g])))
+            rows.append(record(problem(seat), completion, reward, advantage=float(shown.advantage[p, g])))
     return rows
 
 

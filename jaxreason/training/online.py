@@ -44,7 +44,6 @@ from jaxreason.training.collect import (
     Scoring,
     Shown,
     completions,
-    placer,
     rollout_batch,
     rows_of,
     sample_and_score,
@@ -56,12 +55,15 @@ from jaxreason.training.critic import Critic
 from jaxreason.training.evaluate import Evaluate, EvaluationConfig
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig
+from jaxreason.training.profiling import Trace, no_trace
 from jaxreason.training.step import Metrics, Split, make_update
 from jaxreason.training.supervised import Outcome, Saving
 from jaxreason.types import Problem
 
 STAGE = "reinforce"
 SAMPLING, SHUFFLING = 2, 3  # what a step's keys are folded with
+
+ProblemOf = Callable[[int], Problem]
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def reinforce(
     stop_strings: StopStrings | None = None,
     pool: int = 0,
     seed: int = 0,
+    trace: Trace = no_trace,
 ) -> Outcome:
     """Reinforces from step `start` to `config.steps`, or until `stop()`, when it saves and returns.
 
@@ -254,27 +257,31 @@ def reinforce(
     With a curriculum the stream's first `pool` problems are chosen from, by what is known of them
     and by `seed`.
     """
-    place = placer(mesh)
+    count = config.problems_per_step
+    held, keeper = sharding.held_rows(mesh, count), sharding.keepers(mesh, count)
+    own = np.flatnonzero(keeper == jax.process_index())  # the rows that are scored here
     progress.stage(STAGE, config.steps, start)
     parks = sampling.parking.step_tokens > 0
     seats = partial_rollouts.seats_of(resumed or {}, problems=config.problems_per_step)
     counts = curriculum.fresh(pool) if "curriculum" not in (resumed or {}) else curriculum.from_json((resumed or {})["curriculum"])
     chosen = np.zeros(0, np.int64)
 
-    def prepare_batch(step: int) -> tuple[list[Problem], PromptBatch]:
+    def prepare_batch(step: int) -> tuple[ProblemOf, PromptBatch]:
+        """The problem of each row, and the prompts of those rows that this process holds."""
         nonlocal seats, counts, chosen
-        begin = step * config.problems_per_step
         # keys are folded from the place in the stream: a step may hold a problem twice, at the border of two epochs
+        places = numbers = list(range(step * count, (step + 1) * count))
         if parks:
-            seats, numbered = partial_rollouts.seated(seats, stream)
+            seats = partial_rollouts.seated(seats)
+            places = numbers = [number for number in seats.numbers if number is not None]
         elif config.curriculum.on:
-            told = {"step": step, "count": config.problems_per_step, "config": config.curriculum}
-            counts, chosen = curriculum.choose(counts, **told, seed=seed)
-            numbered = [(begin + i, stream(int(number), 1)[0][1]) for i, number in enumerate(chosen)]
-        else:
-            numbered = [(begin + i, problem) for i, (_, problem) in enumerate(stream(begin, config.problems_per_step))]
+            counts, chosen = curriculum.choose(counts, step=step, count=count, config=config.curriculum, seed=seed)
+            places = chosen.tolist()
+        drawn = {row: stream(places[row], 1)[0][1] for row in held.tolist()}
+        numbered = [(numbers[row], problem) for row, problem in drawn.items()]
         batch = prompt_batch(numbered, task=task, tokenizer=tokenizer, **prompt_limits(sampling))
-        return [problem for _, problem in numbered], place(batch)
+        # what people are shown may lie elsewhere: then it is drawn again
+        return lambda row: drawn[row] if row in drawn else stream(places[row], 1)[0][1], sharding.place_held(mesh, batch, count)
 
     programs: dict[str, Any] = {}
 
@@ -286,7 +293,7 @@ def reinforce(
             clock += time.perf_counter() - begun  # compiling is no part of a step
         return programs[name]
 
-    def staged(state: TrainState, prompts: PromptBatch, problems: list[Problem], number: jax.Array) -> Any:
+    def staged(state: TrainState, prompts: PromptBatch, problem: ProblemOf, number: jax.Array) -> Any:
         times = {}
         policy = adapt(reference, state.params)
         given = (policy, prompts, number, *([state.algorithm] if parks else []))
@@ -294,16 +301,18 @@ def reinforce(
         begun = time.perf_counter()
         sampled, parts = jax.block_until_ready(collect(*given))
         times["time/sample"], begun = time.perf_counter() - begun, time.perf_counter()
-        groups = completions(sharding.fetch(sampled._replace(parked=None)), tokenizer, stop=stop_strings)
+        written = sharding.fetch_held(sampled._replace(logp=None, parked=None, drafts=None), own)
+        groups = completions(written, tokenizer, stop=stop_strings)
         done = None
         if parks:
-            done, state = sharding.fetch(parking.finished(sampled.parked)), replace(state, algorithm={})
-        traced = sharding.fetch(parts) if scoring.group else {}
-        host = score_on_host(scoring, problems, groups, done, traced=traced)
+            done, state = sharding.fetch(parking.finished(sampled.parked))[own], replace(state, algorithm={})
+        traced = sharding.fetch_held(parts, own) if scoring.group else {}
+        shared = {"keeper": keeper, "size": config.completions_per_problem}
+        host = score_on_host(scoring, [problem(row) for row in own.tolist()], groups, done, traced=traced, **shared)
         times["time/score"] = time.perf_counter() - begun
         times |= {f"reward/failed/{reason}": share for reason, share in host.shares().items()}
         times |= {f"rollout/none/{name}": share for name, share in host.none_shares().items()}
-        batch = (state, reference, prompts, sampled, {**parts, **place(host.parts)}, number)
+        batch = (state, reference, prompts, sampled, {**parts, **sharding.place(mesh, host.parts, ("problems",))}, number)
         learn = program("learn", step_fn.learn, *batch)
         begun = time.perf_counter()
         out = jax.block_until_ready(learn(*batch))
@@ -318,7 +327,7 @@ def reinforce(
         nonlocal pending, clock
         if pending is None:
             return
-        step, metrics, shown, problems, times = pending
+        step, metrics, shown, problem, times = pending
         pending = None
         metrics, shown = sharding.fetch((metrics, shown))
         values = {name: float(value) for name, value in metrics.items()}
@@ -335,19 +344,20 @@ def reinforce(
             values |= evaluate(adapt(reference, state.params))[0]
             clock = time.perf_counter()
         log.metrics(STAGE, step, values)
-        log.rollouts(STAGE, step, rows_of(shown, problems, tokenizer, stop=stop_strings))
+        log.rollouts(STAGE, step, rows_of(shown, problem, tokenizer, stop=stop_strings))
         progress.update(step, values)
 
     step = start
     while step < config.steps:
-        problems, prompts = prepare_batch(step)
+        trace(step + 1, state)
+        problem, prompts = prepare_batch(step)
         number = sharding.place(mesh, np.asarray(step, np.int32), ())
         if step_fn.fused is not None:
             fused = program("fused", step_fn.fused, state, reference, prompts, number)
             state, metrics, shown = fused(state, reference, prompts, number)
             times: dict[str, float] = {}
         else:
-            state, metrics, shown, times = staged(state, prompts, problems, number)
+            state, metrics, shown, times = staged(state, prompts, problem, number)
         step += 1
         flush(None)
         if parks:  # which seats are free: the host waits for it
@@ -356,7 +366,7 @@ def reinforce(
             rates = np.asarray(sharding.fetch(shown.pass_rate))
             counts = curriculum.record(counts, chosen, rates, group=config.completions_per_problem)
             times |= curriculum.metrics(counts, config.curriculum)
-        pending = (step, metrics, shown, problems, times)
+        pending = (step, metrics, shown, problem, times)
         stopping = stop()
         last = step == config.steps
         # the last step's evaluation is the caller's, who also wants its completions

@@ -25,7 +25,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason.batch import PromptBatch, RolloutBatch
-from jaxreason.data.loader import Stream
 from jaxreason.models.decoder import Model
 from jaxreason.numerics import masked_mean
 from jaxreason.sampling import engine, parking
@@ -34,7 +33,6 @@ from jaxreason.sampling.parking import Parked
 from jaxreason.sampling.rollout import Sampled, SamplingConfig, completion_keys
 from jaxreason.sampling.stops import StopStrings
 from jaxreason.training.step import Split
-from jaxreason.types import Problem
 
 KEPT = "kept"
 ALWAYS = ("rollout/tokens", "rollout/finished", "rollout/parked")  # the metrics of a step in which no group ends
@@ -204,13 +202,13 @@ def seats_of(extra: Mapping[str, Any], *, problems: int) -> Seats:
     return Seats(tuple(None if number == NOBODY else number for number in numbers), extra.get("position", 0))
 
 
-def seated(seats: Seats, stream: Stream) -> tuple[Seats, list[tuple[int, Problem]]]:
-    """Gives free seats the stream's next problems; and every seat's problem with its number."""
+def seated(seats: Seats) -> Seats:
+    """Gives free seats the stream's next problems."""
     numbers, position = [], seats.position
     for number in seats.numbers:
         numbers.append(position if number is None else number)
         position += number is None
-    return Seats(tuple(numbers), position), [(number, stream(number, 1)[0][1]) for number in numbers]
+    return Seats(tuple(numbers), position)
 
 
 def left(seats: Seats, done: Sequence[bool]) -> Seats:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -24,7 +25,6 @@ from jaxreason.sampling.rollout import SamplingConfig
 from jaxreason.tasks.task import Task
 from jaxreason.training import state as states
 from jaxreason.training.checkpoint import Checkpointer
-from jaxreason.training.collect import placer
 from jaxreason.training.evaluate import Evaluate
 from jaxreason.training.metrics import Progress, RunLog, check_finite
 from jaxreason.training.optimizer import OptimizerConfig
@@ -71,6 +71,9 @@ class Saving:
     keep: int = 2  # newest checkpoints kept in each stage
 
 
+Batches = Callable[[int, Sequence[int]], RolloutBatch]
+
+
 def check_phases(config: SupervisedConfig, task: Task) -> None:
     """A ValueError where a phase wants a kind of demonstrations that the task does not offer."""
     for name, phase in config.phases.items():
@@ -82,17 +85,15 @@ def check_phases(config: SupervisedConfig, task: Task) -> None:
             )
 
 
-def make_batches(
-    config: SupervisedConfig, *, task: Task, tokenizer: Tokenizer, sampling: SamplingConfig
-) -> Callable[[int], RolloutBatch]:
-    """batch(step), a pure function of the step: demonstrations are numbered, and no number is used twice."""
+def make_batches(config: SupervisedConfig, *, task: Task, tokenizer: Tokenizer, sampling: SamplingConfig) -> Batches:
+    """batch(step, rows), a pure function of the step and of which of its rows are asked for: no demonstration comes twice."""
     kinds = [phase.demonstrations for phase in config.phases.values() for _ in range(phase.steps)]
     size = config.demonstrations_per_step
 
-    def batch(step: int) -> RolloutBatch:
+    def batch(step: int, rows: Sequence[int]) -> RolloutBatch:
         make = task.demonstrations[kinds[step]]
         return demonstration_batch(
-            [make(number) for number in range(step * size, (step + 1) * size)],
+            [make(step * size + row) for row in rows],
             task=task,
             tokenizer=tokenizer,
             **prompt_limits(sampling),
@@ -109,7 +110,7 @@ def fit(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     config: SupervisedConfig,
-    batches: Callable[[int], RolloutBatch],
+    batches: Batches,
     evaluate: Evaluate,
     start: int,
     checkpointer: Checkpointer,
@@ -126,12 +127,18 @@ def fit(
     split = Split(config.demonstrations_per_step, config.demonstrations_per_microbatch)
     update = make_update(model, objectives.sft(), optimizer, split=split)
     at, everywhere = states.shardings(model, optimizer, mesh), sharding.named(mesh)
-    step_fn = jax.jit(lambda s, frozen, b: update(s, frozen, b)[:2], donate_argnums=0, out_shardings=(at, everywhere))
-    place = placer(mesh)
+    held = sharding.held_rows(mesh, config.demonstrations_per_step).tolist()
+
+    def stepped(state: TrainState, frozen: Any, batch: RolloutBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics, _ = update(state, frozen, batch)
+        tokens = jnp.sum(batch.prompt_mask, dtype=jnp.int32) + jnp.sum(batch.mask, dtype=jnp.int32)
+        return state, metrics | {"tokens": tokens}
+
+    step_fn = jax.jit(stepped, donate_argnums=0, out_shardings=(at, everywhere))
     ends = set(itertools.accumulate(phase.steps for phase in config.phases.values())) - {config.steps}
     progress.stage(STAGE, config.steps, start)
 
-    pending: tuple[int, Any, int] | None = None
+    pending: tuple[int, Any] | None = None
     clock = time.perf_counter()
     since = start
 
@@ -140,7 +147,7 @@ def fit(
         nonlocal pending, clock, since
         if pending is None:
             return
-        step, metrics, tokens = pending
+        step, metrics = pending
         pending = None
         values = {name: float(value) for name, value in sharding.fetch(metrics).items()}
         check_finite(STAGE, step, values)
@@ -154,7 +161,7 @@ def fit(
                 "optimizer/update_norm": values["optimizer/update_norm"],
                 "policy/entropy": values["policy/entropy"],
                 "time/step": seconds,
-                "throughput/tokens_per_second": tokens / seconds,
+                "throughput/tokens_per_second": values["tokens"] / seconds,
             }
             if at_end_of_phase:
                 line |= evaluate(adapt(base, state.params))[0]
@@ -165,15 +172,14 @@ def fit(
     step = start
     program: Any = None
     while step < config.steps:
-        batch = batches(step)
-        placed = place(batch)
+        placed = sharding.place_held(mesh, batches(step, held), config.demonstrations_per_step)
         if program is None:
             program = compiled(step_fn, state, base, placed)
             clock = time.perf_counter()  # compiling is no part of a step
         state, metrics = program(state, base, placed)
         step += 1
         flush()
-        pending = (step, metrics, int(batch.prompt_mask.sum() + batch.mask.sum()))
+        pending = (step, metrics)
         if step in ends:
             flush(at_end_of_phase=True)
         stopping = stop()

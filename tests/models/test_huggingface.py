@@ -509,11 +509,28 @@ from jaxreason.models import huggingface
 from jaxreason.models.declare import declare
 from jaxreason.models.tokenizer import load_tokenizer
 
+read = 0  # numbers, out of the files
+
+class Counted:
+    def __init__(self, block):
+        self.block = block
+
+    def __getitem__(self, index):
+        global read
+        values = self.block[index]
+        read += values.size
+        return values
+
+Stored = huggingface.Stored
+huggingface.Stored = lambda file, shape, kind, block: Stored(file, shape, kind, Counted(block))
 folder, target = Path(sys.argv[3]), Path(sys.argv[4])
 architecture = huggingface.read_architecture(folder)
 mesh = sharding.make_mesh(sharding.MeshConfig(1, 4, 2))
 params = huggingface.load_params(declare(architecture), folder, dtype="float32", mesh=mesh)
 assert not params["layers"]["q"].is_fully_addressable
+leaves = jax.tree.leaves(params)
+held = sum(sum({str(each.index): each.data.size for each in x.addressable_shards}.values()) for x in leaves)
+assert read == held < 0.6 * sum(x.size for x in leaves), (read, held)
 huggingface.export(params, architecture, load_tokenizer(folder), target, source=folder)
 assert (target / "config.json").is_file()
 """

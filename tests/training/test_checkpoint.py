@@ -416,6 +416,31 @@ except ValueError as error:
 checkpointer.save(3, make(3, make_mesh(2, 4), PartitionSpec()), {"seen": 3})
 check(checkpointer.restore_latest(abstract(other)), 3, refused=0)
 checkpointer.close()
+
+# a larger one: each process writes about its half of the bytes, and reads no more than its shards
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+whole = np.random.default_rng(0).normal(size=(1024, 2048)).astype(np.float32)
+sharded = NamedSharding(make_mesh(4, 2), PartitionSpec("data", "model"))
+state = {"w": jax.make_array_from_callback(whole.shape, sharded, lambda index: whole[index])}
+checkpointer = Checkpointer(directory / "large")
+checkpointer.save(1, state, {})
+checkpointer.wait()
+def stored(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+folder = directory / "large" / "1" / "state"
+total = stored(folder)
+assert 0.4 * total < stored(folder / f"ocdbt.process_{jax.process_index()}") < 0.6 * total
+if Path("/proc/self/io").exists():
+    before = bytes_read()
+    restored = checkpointer.restore(1, abstract(state)).state["w"]
+    share = (bytes_read() - before) / total
+    compared = jax.process_index() == 0  # process 0 reads all of it, to compare it with the manifest
+    assert 0.4 + compared < share < 0.6 + compared, share
+    assert all((np.asarray(shard.data) == whole[shard.index]).all() for shard in restored.addressable_shards)
+checkpointer.close()
 """
 
 

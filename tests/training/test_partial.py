@@ -31,7 +31,6 @@ from jaxreason.training import state as states
 from jaxreason.training.collect import Scoring, total_reward
 from jaxreason.training.optimizer import OptimizerConfig, make_optimizer
 from jaxreason.training.step import Split, make_update, score, slices
-from jaxreason.types import Problem
 
 from .test_mesh import ARCHITECTURE, ONE, QUICK, SPARSE, TP, Made, Shape, assert_close, even_share, make, parts, rollouts
 
@@ -44,10 +43,6 @@ def problem(number: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(number)
     mask = np.arange(TP) >= rng.integers(0, TP - 1)
     return np.where(mask, rng.integers(0, V, TP), 0).astype(np.int32), mask
-
-
-def stream(position: int, count: int) -> list[tuple[int, Problem]]:
-    return [(number, Problem(str(number), "", "")) for number in range(position, position + count)]
 
 
 def prompts(mesh: Mesh, numbers: list[int]) -> PromptBatch:
@@ -168,8 +163,8 @@ def looped(kind: str, step_tokens: int, *, shape: Shape = ONE) -> tuple[Made, li
     state = dataclasses.replace(state, algorithm=parking.vacant(parked)) if parked else state
     where, trail, fused = partial.seats_of({}, problems=P), [], None
     for number in range(steps):
-        where, numbered = partial.seated(where, stream)
-        numbers, before = [each for each, _ in numbered], sharding.fetch(state.params)
+        where = partial.seated(where)
+        numbers, before = [each for each in where.numbers if each is not None], sharding.fetch(state.params)
         args = (state, reference, prompts(mesh, numbers), sharding.place(mesh, np.asarray(number, np.int32), ()))
         fused = fused or step.fused.lower(*args).compile()  # pyright: ignore
         state, metrics, shown = fused(*args)

@@ -167,27 +167,45 @@ import numpy as np
 from jaxreason.training.collect import Scoring, score_on_host
 from jaxreason.types import Completion, Problem, Reward, StopReason
 
-def rule(problem, completion):
-    if jax.process_index() == int(problem.id):
-        raise ValueError("not here")
-    return Reward(0.5)
+asked = []
 
+def rule(problem, completion):
+    asked.append(problem.id)
+    if problem.id in sys.argv[3]:
+        raise ValueError("not this one")
+    return Reward(float(problem.id))
+
+keeper = np.asarray([0, 1, 1, 0, 1])
+own = [str(i) for i in np.flatnonzero(keeper == jax.process_index())]
 group = [Completion("x", (), StopReason.EOS)] * 2
-scores = score_on_host(Scoring({}, {"a": rule}, {"a": 1.0}, frozenset()), [Problem(i, "", "") for i in "01"], [group] * 2)
-print(scores.parts["a"].tolist(), scores.failed["error"].tolist(), scores.parts["a"].dtype)
+score = lambda ids, by: score_on_host(
+    Scoring({}, {"a": rule}, {"a": 1.0}, frozenset()), [Problem(i, "", "") for i in ids], [group] * len(ids), keeper=by, size=2
+)
+try:
+    scores = score(own, keeper)
+    print(asked, scores.parts["a"][:, 0].tolist(), scores.failed["error"][:, 1].tolist(), scores.shares()["error"])
+    print(score(own if jax.process_index() else [], np.ones(3, int)).parts["a"].shape)
+except ValueError as error:
+    print(error)
 """
 
 
 @pytest.mark.slow
-def test_processes_that_disagree_go_by_the_first(one_device: dict[str, str]) -> None:
+@pytest.mark.parametrize("failing", ["23", "01234"])
+def test_each_process_scores_its_own_rows_and_all_see_the_same(one_device: dict[str, str], failing: str) -> None:
+    """Also where one of them has no row, and a rule is useless only where it fails in all of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     environment = os.environ | one_device | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    commands = [[sys.executable, "-c", TWO, str(process), port] for process in range(2)]
+    commands = [[sys.executable, "-c", TWO, str(process), port, failing] for process in range(2)]
     processes = [subprocess.Popen(each, env=environment, stdout=subprocess.PIPE, text=True) for each in commands]
-    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert said == ["[[0.0, 0.0], [0.5, 0.5]] [[True, True], [False, False]] float32"] * 2
+    said = [[line for line in each.communicate(timeout=120)[0].splitlines() if "Gloo" not in line] for each in processes]
+    if failing == "01234":
+        assert said == [["the rule of config.reward.a fails on every completion: ValueError: not this one"]] * 2
+        return
+    all_see = "[0.0, 1.0, 0.0, 0.0, 4.0] [False, False, True, True, False] 0.4"
+    assert said == [["['0', '0', '3', '3'] " + all_see, "(3, 2)"], ["['1', '1', '2', '2', '4', '4'] " + all_see, "(3, 2)"]]
 
 
 # ------------------------------------------------------------------------------------------------------- the command's signals
