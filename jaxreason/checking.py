@@ -90,9 +90,11 @@ def check(config: Config, *, shards: int) -> None:
     for key in SHARDED:
         runs = key.startswith("evaluation") or at(key.split(".")[0]).steps > 0
         if runs and at(key) % shards:
+            below = at(key) // shards * shards
+            near = f"{below} or {below + shards}" if below else str(shards)
             raise ValueError(
                 f"config.{key} is {at(key)}, which the {shards} devices along mesh axes data, fsdp and expert do not divide: "
-                f"choose a multiple of {shards}"
+                f"choose a multiple of {shards}, such as {near}"
             )
     for stage in ("supervised", "online"):
         check_optimizer(at(stage).optimizer, key=f"{stage}.optimizer")

@@ -17,13 +17,20 @@ import jax
 
 def compiled(function: Any, *args: Any) -> Any:
     """A jitted function compiled for arguments like these (the persistent cache is used), to be called with such only."""
-    options = _cpu_options() if jax.default_backend() == "cpu" else None
+    options = _cpu_options() if _platform(args) == "cpu" else None
     program = function.lower(*args).compile(options)
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
             trim(0)
     return program
+
+
+def _platform(args: Any) -> str:
+    """Where a program of these arguments runs: not always here, where it is compiled for chips that are elsewhere."""
+    placed = (each.sharding for each in jax.tree.leaves(args) if getattr(each, "sharding", None) is not None)
+    sharding = next(placed, None)
+    return next(iter(sharding.device_set)).platform if sharding is not None else jax.default_backend()
 
 
 def _cpu_options() -> dict[str, Any]:

@@ -110,6 +110,9 @@ def _shrink(config: Any) -> ConfigDict:
     online.completions_per_problem = min(online.completions_per_problem, 4)
     config.critic.alone_steps = min(config.critic.alone_steps, 1)
     config.evaluation.problems_per_batch = 8
+    for axis, size in dataclasses.asdict(MeshConfig()).items():  # a pod's does not go on one device
+        config.mesh[axis] = size
+    config.sampling.slots = 0
     for kwargs in (config.task.kwargs, *config.task.kwargs.get("tasks", {}).values()):  # a mixture's own tasks too
         if "heldout_size" in kwargs:
             kwargs.heldout_size = 8

@@ -1,8 +1,8 @@
 """The command line: parses arguments, turns a caller's mistake into one sentence, and chooses the exit code.
 
-Exit codes: 0 done; 2 a mistake in what was given, in one sentence; 3 a metric became NaN or infinite; 75 interrupted and
-saved, so that running the same command again goes on; 130 Ctrl-C where there was nothing to save; 141
-whoever read the output has left.
+Exit codes: 0 done; 1 a rehearsed run does not fit; 2 a mistake in what was given, in one sentence; 3 a metric became NaN or
+infinite; 75 interrupted and saved, so that running the same command again goes on; 130 Ctrl-C where there was nothing to save;
+141 whoever read the output has left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jaxreason
 
-DONE, MISTAKE, NON_FINITE, INTERRUPTED, ABORTED, BROKEN_PIPE = 0, 2, 3, 75, 130, 141
+DONE, TOO_LARGE, MISTAKE, NON_FINITE, INTERRUPTED, ABORTED, BROKEN_PIPE = 0, 1, 2, 3, 75, 130, 141
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="show no progress, only the comparison at the end")
     _distributed(train)
 
+    _rehearse(command)
     _evaluate(command)
 
     sample = command(
@@ -101,6 +102,29 @@ def parser() -> argparse.ArgumentParser:
     command("tasks", "List the tasks that a config or a command can name, with their settings.", "jaxreason tasks")
     command("rules", "List the rules on text that a config or a command can name, with their settings.", "jaxreason rules")
     return top
+
+
+def _rehearse(command: Callable[..., argparse.ArgumentParser]) -> None:
+    rehearse = command(
+        "rehearse",
+        "Compile a run for TPU chips that are not here: whether it fits, what it sends, how long it takes at least.",
+        "jaxreason rehearse --config r1_zero_7b --topology v5e:8x8 --price 1.2",
+        more="\n\nNothing is loaded: no weights, no data. Needs libtpu (pip install 'jaxreason[tpu]'), no TPU. Bytes are the\n"
+        "compiler's, times are bounds from below. Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given.",
+    )
+    rehearse.add_argument("--config", required=True, metavar="F", help="a file, or the name of a shipped config")
+    rehearse.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="the slice, in chips: v5e:8x8, v6e:4x4 or v5:4x4x4 (v5p; v5p-128 counts cores and is 64 chips)",
+    )
+    rehearse.add_argument(
+        "--completion-tokens", type=int, metavar="N", default=0, help="how long completions are (default: as long as they may be)"
+    )
+    rehearse.add_argument("--price", type=float, metavar="P", help="of one chip for an hour")
+    rehearse.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    _settings(rehearse, "config")
 
 
 def _evaluate(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -179,12 +203,21 @@ def _rewards(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 SETTINGS = {
     "train": ("config",),
+    "rehearse": ("config",),
     "evaluate": ("config", "task", "rule"),
     "play": ("task", "rule"),
     "grade": ("rule",),
     "contamination": ("train", "evaluation"),
 }
-OWN_FILES = ("evaluate", "play", "grade", "contamination", "tasks", "rules")  # the other commands are in cli/commands.py
+OWN_FILES = (
+    "rehearse",
+    "evaluate",
+    "play",
+    "grade",
+    "contamination",
+    "tasks",
+    "rules",
+)  # the other commands are in cli/commands.py
 
 
 def _limits(command: argparse.ArgumentParser, *, workers: int) -> None:

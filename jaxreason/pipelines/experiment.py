@@ -69,6 +69,56 @@ class Experiment(NamedTuple):
 def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None) -> Experiment:
     """Resolves every name of the config and checks every size; nothing is compiled, and no weight is read."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
+    algorithm = make_algorithm(config, mesh)
+    if config.model.weights not in ("checkpoint", "random"):
+        raise ValueError(f"config.model.weights is '{config.model.weights}': expected 'checkpoint' or 'random'")
+    source = huggingface.resolve(config.model.path) if config.model.path else None
+    architecture = huggingface.read_architecture(source) if source else families.of_sizes(config.model.architecture)
+    check_architecture(config, architecture)
+    task = configs.make(tasks, config.task, key="task", returns="Task")
+    supervised.check_phases(config.supervised, task)
+    folder = source
+    if folder is None:
+        if not task.words:
+            raise ValueError(
+                f"config.model.path is empty, and task '{task.name}' brings no vocabulary of its own: give a checkpoint's "
+                "folder with --config.model.path=..."
+            )
+        folder = workdir / "tokenizer"
+        if not folder.exists() and jax.process_index() == 0:
+            unfinished = workdir / PARTIAL_TOKENIZER
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_word_tokenizer(task.words, unfinished)
+            unfinished.rename(folder)  # there in full or, after a kill, not at all
+        sharding.barrier("tokenizer")
+    tokenizer = load_tokenizer(folder)
+    tokens = len(tokenizer.hf)
+    if tokens > architecture.vocab_size:
+        remedy = f"give a checkpoint whose tokenizer fits it, {source} does not" if source else f"raise it to {tokens} or more"
+        raise ValueError(
+            f"config.model.architecture.vocab_size is {architecture.vocab_size}, and the tokenizer has {tokens} tokens: {remedy}"
+        )
+    e = assemble(config, mesh, algorithm, architecture, task=task, tokenizer=tokenizer, source=source)
+    fitting, overlong = _kept(task.heldout, "held-out", task, tokenizer, config.sampling)
+    heldout = [task.heldout[i] for i in fitting]
+    if not heldout:
+        raise ValueError(
+            f"config.sampling.max_prompt_tokens is {config.sampling.max_prompt_tokens}, and every held-out prompt of task "
+            f"'{task.name}' is longer: raise it"
+        )
+    if source is None:
+        asked = " ".join(message["content"] for message in task.messages(heldout[0]))
+        unknown = [piece for piece in dict.fromkeys(tokenizer.unknown(asked)) if piece]
+        if unknown:
+            raise ValueError(
+                f"the prompts of task '{task.name}' hold {', '.join(map(repr, unknown[:5]))}, which the policy's closed "
+                "vocabulary does not: set prompt to 'as_it_is', or give a checkpoint's folder with --config.model.path=..."
+            )
+    return e._replace(task=dataclasses.replace(task, heldout=heldout), overlong=overlong)
+
+
+def make_algorithm(config: Config, mesh: Mesh) -> Algorithm:
+    """The algorithm that the config names; a ValueError where it, or the config's numbers, cannot be trained with on the mesh."""
     checking.check(config, shards=sharding.problem_shards(mesh))
     algorithm = configs.make(
         objectives,
@@ -102,10 +152,11 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
             f"config.sampling.parking.step_tokens is {config.sampling.parking.step_tokens}, and algorithm '{algorithm.name}' holds "
             "for rows of the newest policy only, which parked completions are not: set it to 0, or name another, such as 'grpo'"
         )
-    if config.model.weights not in ("checkpoint", "random"):
-        raise ValueError(f"config.model.weights is '{config.model.weights}': expected 'checkpoint' or 'random'")
-    source = huggingface.resolve(config.model.path) if config.model.path else None
-    architecture = huggingface.read_architecture(source) if source else families.of_sizes(config.model.architecture)
+    return algorithm
+
+
+def check_architecture(config: Config, architecture: Architecture) -> None:
+    """A ValueError where what the config says of the model, or asks of it, does not go with its architecture."""
     if config.model.balance_weight and not architecture.experts.count:
         raise ValueError(
             f"config.model.balance_weight is {config.model.balance_weight}, and the model has no experts: set it to 0, or give a "
@@ -113,59 +164,40 @@ def build(config: Config, workdir: Path, *, devices: Sequence[Any] | None = None
         )
     model_config.check_numerics(config.model.numerics)
     checking.check_context(config, architecture)
-    task = configs.make(tasks, config.task, key="task", returns="Task")
-    supervised.check_phases(config.supervised, task)
-    folder = source
-    if folder is None:
-        if not task.words:
-            raise ValueError(
-                f"config.model.path is empty, and task '{task.name}' brings no vocabulary of its own: give a checkpoint's "
-                "folder with --config.model.path=..."
-            )
-        folder = workdir / "tokenizer"
-        if not folder.exists() and jax.process_index() == 0:
-            unfinished = workdir / PARTIAL_TOKENIZER
-            shutil.rmtree(unfinished, ignore_errors=True)
-            save_word_tokenizer(task.words, unfinished)
-            unfinished.rename(folder)  # there in full or, after a kill, not at all
-        sharding.barrier("tokenizer")
-    tokenizer = load_tokenizer(folder)
-    tokens = len(tokenizer.hf)
-    if tokens > architecture.vocab_size:
-        remedy = f"give a checkpoint whose tokenizer fits it, {source} does not" if source else f"raise it to {tokens} or more"
-        raise ValueError(
-            f"config.model.architecture.vocab_size is {architecture.vocab_size}, and the tokenizer has {tokens} tokens: {remedy}"
-        )
+
+
+def assemble(
+    config: Config,
+    mesh: Mesh,
+    algorithm: Algorithm,
+    architecture: Architecture,
+    *,
+    task: Task,
+    tokenizer: Tokenizer,
+    source: Path | None = None,
+) -> Experiment:
+    """What the parts make together; the tokenizer is asked for its vocabulary only where a rule or a stop string needs it."""
     model = decoder.make_decoder(architecture, config.model.numerics, mesh)._replace(balance_weight=config.model.balance_weight)
     specs = model.specs
     spec.check_divisible(specs, mesh)
     if config.model.lora.rank:
         model = model._replace(specs=lora.declare_lora(specs, config.model.lora))
     critic = critics.build(config, algorithm, architecture, tokenizer, mesh)
-    vocabulary = tokenizer.vocabulary(architecture.vocab_size)
+    vocabulary = tokenizer.vocabulary(architecture.vocab_size) if reads_vocabulary(config) else []
     task_rules = task.rules or {task.name: task.rule}
     scoring = make_scoring(
         config.reward, vocabulary=vocabulary, eos_ids=tokenizer.eos_ids, config=config.scoring, task_rules=task_rules
     )
     law.check(config.sampling.law, vocab_size=architecture.vocab_size, eos_ids=tokenizer.eos_ids)
     stop = stops.stop_strings(config.sampling.stop, vocabulary)
-    fitting, overlong = _kept(task.heldout, "held-out", task, tokenizer, config.sampling)
-    heldout = [task.heldout[i] for i in fitting]
-    if not heldout:
-        raise ValueError(
-            f"config.sampling.max_prompt_tokens is {config.sampling.max_prompt_tokens}, and every held-out prompt of task "
-            f"'{task.name}' is longer: raise it"
-        )
-    if source is None:
-        asked = " ".join(message["content"] for message in task.messages(heldout[0]))
-        unknown = [piece for piece in dict.fromkeys(tokenizer.unknown(asked)) if piece]
-        if unknown:
-            raise ValueError(
-                f"the prompts of task '{task.name}' hold {', '.join(map(repr, unknown[:5]))}, which the policy's closed "
-                "vocabulary does not: set prompt to 'as_it_is', or give a checkpoint's folder with --config.model.path=..."
-            )
-    task = dataclasses.replace(task, heldout=heldout)
-    return Experiment(config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, stop, overlong, critic)
+    return Experiment(
+        config, mesh, task, tokenizer, architecture, specs, model, algorithm, scoring, source, stop, Overlong(), critic
+    )
+
+
+def reads_vocabulary(config: Config) -> bool:
+    """Whether a step must know the bytes of each token."""
+    return bool(config.sampling.stop) or any(part.rule.startswith("traced.") for part in config.reward.values())
 
 
 def _kept(

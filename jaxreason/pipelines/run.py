@@ -14,6 +14,7 @@ import jax
 import jaxreason
 from jaxreason import config as configs
 from jaxreason import sharding
+from jaxreason.batch import TrainState
 from jaxreason.config import Config
 from jaxreason.data.loader import Stream
 from jaxreason.models import huggingface, lora, spec
@@ -205,24 +206,8 @@ def _online(
 ) -> supervised.Outcome:
     """The reinforcement stage; with LoRA `frozen` is the reference, and holds the weights beneath the adapters."""
     config = e.config.online
-    optimizer = make_optimizer(config.optimizer, steps=_policy_updates(e))
-    parked = _parked(e)
-    step_fn = online.make_step(
-        e.model,
-        e.algorithm,
-        optimizer,
-        e.scoring,
-        e.mesh,
-        config=config,
-        sampling=e.config.sampling,
-        eos_ids=e.tokenizer.eos_ids,
-        pad_id=e.tokenizer.pad_id,
-        seed=e.config.seed,
-        parked=parked,
-        critic=e.critic,
-        stop=e.stop,
-        accuracy=e.config.evaluation.accuracy,
-    )
+    optimizer, parked = online_optimizer(e), _parked(e)
+    step_fn = online_step(e, optimizer)
     profiled = profiling.steps_of(e.config.profile, last=config.steps)
     with _checkpointer(e, workdir, online.STAGE) as checkpointer, profiling.tracing(profiled, workdir / "profile") as trace:
         told = {"params": params, "log": log, "progress": progress}
@@ -235,9 +220,12 @@ def _online(
         state, start, extra = _restore(e, checkpointer, optimizer, online.STAGE, **told, carries=_carried(e), carried=carried)
         if profiled and start >= profiled[-1]:
             progress.message(f"nothing is profiled: config.profile.steps = {e.config.profile.steps} are done")
+        reference = params if frozen is None and "reference" in e.algorithm.needs else frozen
+        if reference is None:  # the state has its own copy, and this one would take its memory to the stage's end
+            jax.tree.map(lambda x: x.delete(), params)
         return online.reinforce(
             state,
-            reference=params if frozen is None and "reference" in e.algorithm.needs else frozen,
+            reference=reference,
             step_fn=step_fn,
             mesh=e.mesh,
             config=config,
@@ -260,6 +248,36 @@ def _online(
             seed=e.config.seed,
             trace=trace,
         )
+
+
+def online_optimizer(e: Experiment) -> Any:
+    """That of the reinforcement stage."""
+    return make_optimizer(e.config.online.optimizer, steps=_policy_updates(e))
+
+
+def online_step(e: Experiment, optimizer: Any) -> online.OnlineStep:
+    """The programs of a step of reinforcement."""
+    return online.make_step(
+        e.model,
+        e.algorithm,
+        optimizer,
+        e.scoring,
+        e.mesh,
+        config=e.config.online,
+        sampling=e.config.sampling,
+        eos_ids=e.tokenizer.eos_ids,
+        pad_id=e.tokenizer.pad_id,
+        seed=e.config.seed,
+        parked=_parked(e),
+        critic=e.critic,
+        stop=e.stop,
+        accuracy=e.config.evaluation.accuracy,
+    )
+
+
+def online_state(e: Experiment, optimizer: Any) -> TrainState:
+    """Shapes, types and shardings of the reinforcement's state."""
+    return replace(states.abstract(e.model, optimizer, e.mesh), algorithm=_carried(e))
 
 
 def _policy_updates(e: Experiment) -> int:
