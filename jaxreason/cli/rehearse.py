@@ -16,12 +16,20 @@ from jaxreason.cli.main import DONE, TOO_LARGE
 
 SENT_SHOWN = 8  # kinds of collectives of each program, those of the most bytes
 MIB = 2**20
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it does not mind another process
+    "TPU_SKIP_MDS_QUERY": "1",  # asks no network
+    "TPU_MIN_LOG_LEVEL": "3",
+    # and does not complain that it knows nothing of the machine; what it compiles for is said by the topology
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def run(given: argparse.Namespace) -> int:
-    # before jax starts: no TPU of this machine is taken, and libtpu asks no network and does not mind another process
+    # before jax starts: no TPU of this machine is taken
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_MIN_LOG_LEVEL", "3")):
+    for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     from jaxreason import config as schema
     from jaxreason.cli.commands import choose_precision

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxreason import config as schema
 from jaxreason import sharding
 from jaxreason.cli.main import main
+from jaxreason.cli.rehearse import LIBTPU
 from jaxreason.models import decoder, families, kernels, spec
 from jaxreason.models.config import Architecture, Experts, Latent, Numerics
 from jaxreason.models.declare import declare
@@ -368,8 +369,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_a_mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_MIN_LOG_LEVEL"):
-        monkeypatch.setenv(name, "cpu" if name == "JAX_PLATFORMS" else "1")
+    for name, value in {"JAX_PLATFORMS": "cpu", **LIBTPU}.items():  # it sets them itself, and for good
+        monkeypatch.setenv(name, value)
     assert main(["rehearse", "--config", "r1_zero_7b", "--topology", "v5e:9x9"]) == 2
     told = capsys.readouterr().err
     assert "the nearest are v5e:8x8" in told and told.count("\n") == 1
@@ -383,8 +384,8 @@ needs_libtpu = pytest.mark.skipif(not has_libtpu, reason="needs libtpu, TPUs' co
 
 @pytest.fixture
 def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in LIBTPU.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.skipif(has_libtpu, reason="libtpu is installed")
