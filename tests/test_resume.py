@@ -121,6 +121,7 @@ def undisturbed(short: configs.Config, tmp_path_factory: pytest.TempPathFactory)
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_stopped_again_and_again_is_the_undisturbed_one(short: configs.Config, undisturbed: Path, tmp_path: Path) -> None:
     """Stopped in each phase, at the phases' boundary, after the last supervised step, before and in reinforcement."""
     stops = [  # (checks until the stop, the newest checkpoint of each stage afterwards)

@@ -169,6 +169,7 @@ def wait_for(condition: Callable[[], bool], process: Process) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_signal_when_everything_is_trained_lets_the_run_end(
     environment: dict[str, str], undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -299,6 +299,7 @@ def test_report_on_a_finished_and_an_unfinished_run(several, finished, tmp_path)
     assert "has not finished" in (unfinished / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_export_does_not_replace_what_is_no_export(jaxreason, several, finished, tmp_path):
     out = tmp_path / "out"
     for done in several(("export", finished, out), ("export", finished, out)):  # an earlier export is replaced

@@ -136,6 +136,7 @@ def test_scanned_layers_sample_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     same(drawn(*policy(2), tokens=24, slots=4), every)
 
 
+@pytest.mark.slow
 def test_a_mesh_samples_the_same() -> None:
     """Each device rounds its own heads' keys and values. In float64: which step is nearest must not hang on a sum's order."""
 

@@ -485,6 +485,7 @@ huggingface.export(jax.tree.map(lambda x: x + 1, params), architecture, Tokenize
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_half_folder(tied: Path, tmp_path: Path) -> None:
     architecture, tokenizer, params = huggingface.read_architecture(tied), load_tokenizer(tied), load(tied)
     target = tmp_path / "target"

@@ -59,6 +59,7 @@ def test_the_figures_are_drawn(run, tmp_path):
         assert (ROOT / "docs" / name).is_file()
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_and_prints_one_json_line(run):
     sizes = ("--problems", "4", "--group", "2", "--tokens", "64", "--rounds", "1", "--calls", "1")
     (line,) = run("benchmarks/objectives.py", *sizes, "--only", "grpo", "gspo", "ppo").splitlines()

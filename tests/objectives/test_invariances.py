@@ -193,6 +193,7 @@ def test_jit_and_eight_devices_are_no_jit_on_one():
         same(sharded[name], plain[name], tolerance=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULT)
 def test_vmap_is_a_loop(name: str):
     logp, signals = batch_of(name)

@@ -186,7 +186,7 @@ def test_log_probabilities_are_the_trainers_under_every_law(name: str) -> None:
 
 
 CLASSES = ("qwen2_window", "gemma2", "qwen3_moe", "deepseek_v3")
-FAST = {("qwen2_window", 136), ("gemma2", 16), ("qwen3_moe", 16), ("deepseek_v3", 136)}
+FAST = {("gemma2", 16), ("qwen3_moe", 16), ("deepseek_v3", 136)}
 
 
 @pytest.mark.parametrize(

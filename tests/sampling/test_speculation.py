@@ -211,6 +211,7 @@ def test_greedy_is_greedy_in_every_class_of_family(name: str, tokens: int) -> No
     assert out.drafts[:, 1].sum() > 0  # greedy text of random weights comes round
 
 
+@pytest.mark.slow
 def test_frequencies_of_sequences_are_the_laws() -> None:
     """Three tokens of 8,192 completions on a vocabulary of five against their probabilities, by chi-square."""
     model = model_of(vocab_size=5, layers=1)
@@ -276,6 +277,7 @@ def test_drafts_with_low_rank_adapters_make_the_same_completions() -> None:
     assert np.any(np.asarray(plain.completion) != np.asarray(bare.completion)) and np.asarray(out.drafts)[..., 1].sum() > 20
 
 
+@pytest.mark.slow
 def test_refilled_slots_on_a_mesh_with_drafts_make_the_same_completions() -> None:
     def made(mesh: Any, draft: int, slots: int) -> Any:
         model = decoder.make_decoder(architecture(), Numerics(param_dtype="float64", matmul_dtype="float64"), mesh)

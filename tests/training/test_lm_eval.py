@@ -65,6 +65,7 @@ def test_the_harness_finds_what_it_finds_with_transformers(
                 assert ours == theirs
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_writes_is_greedy_and_nothing_else_is(folder: Path) -> None:
     from lm_eval.api.instance import Instance
 

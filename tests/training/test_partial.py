@@ -368,6 +368,7 @@ def test_with_experts_nothing_of_a_group_that_did_not_end_counts() -> None:
     assert apart(True) < 1e-6 < 1e-3 < apart(False)  # were the prompts counted, they would tell
 
 
+@pytest.mark.slow
 def test_a_step_in_which_no_group_ends_moves_nothing() -> None:
     """Neither decay nor momentum, nor the schedule; and all that is logged is a number."""
     mesh, model, params, reference = make(ONE, "float32")

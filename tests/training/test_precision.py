@@ -67,7 +67,9 @@ def gradient(model: decoder.Model, params: Any) -> Any:
     return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
 
-@pytest.mark.parametrize(("name", "remats"), [("gemma2", ("products", "attention")), ("qwen3_moe", ("layer",))])
+@pytest.mark.parametrize(
+    ("name", "remats"), [("gemma2", ("products", "attention")), pytest.param("qwen3_moe", ("layer",), marks=pytest.mark.slow)]
+)
 def test_what_is_recomputed_changes_no_gradient(name: str, remats: tuple[str, ...]) -> None:
     expected = gradient(*made(name, Numerics(remat="none")))
     assert min(np.abs(x).max() for path, x in jax.tree.leaves_with_path(expected) if "router_bias" not in str(path)) > 0
