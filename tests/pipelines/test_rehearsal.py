@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,25 @@ def test_a_shallow_run_is_rehearsed(tmp_path: Path, name: str, model: str, slice
     assert any(traffic.DECODING in each.loops for each in sample.sent)
     assert {"fsdp", "tensor"} <= {axis for each in update.sent for axis in each.over.split()}
     assert 0 < found.utilization < 1 and found.chip_hours > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(("name", "slice"), [("r1_zero_30b_a3b", "v5:4x4x4"), ("r1_zero_671b", "v5:8x16x16")])
+def test_the_kernels_are_the_tpus_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, slice: str) -> None:
+    """Attention's and decoding's, in the programs as they are handed to the compiler."""
+
+    def lowered(name: str, function: Any, given: tuple[Any, ...], beside: int, e: Any) -> tuple[str, set[str]]:
+        return name, set(re.findall(r'kernel_name = "(\w+)"', function.lower(*given).as_text()))
+
+    monkeypatch.setattr(rehearsal, "_compile", lowered)
+    config = schema.load(name)
+    e = rehearsal.described(config, chips.make_mesh(config.mesh, chips.read(slice)), tmp_path)
+    sample, update = rehearsal.programs_of(e, print)
+    assert sample == ("sample", {"slot_attention"})
+    assert update[0] == "update" and all(each.startswith("splash_mha_") for each in update[1])
+    assert {each.split("_")[2] for each in update[1]} == {"fwd", "dkv", "dq"}
 
 
 @needs_libtpu
