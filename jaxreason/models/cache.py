@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxreason import sharding
 from jaxreason.models import attention, block, slot_attention, slot_kernels
 from jaxreason.models.block import Context
 from jaxreason.models.config import Stack, stacks
+from jaxreason.models.kept import BLOCK, Places, Read, Written, places
 from jaxreason.models.rounded import per_array, rounded, swapped
-from jaxreason.models.slot_attention import BLOCK, FEW, NEAR, SHORT, Read, Rows, Seats, Written
+from jaxreason.models.slot_attention import FEW, NEAR, SHORT, Rows, Seats
 from jaxreason.models.weights import Int8, LowRank, to_int8
 
 Params = Any
@@ -52,11 +54,12 @@ class Prompts(NamedTuple):
 class Own(NamedTuple):
     """Keys and values of each slot's own tokens, as `Prompts` has them, but cut into blocks (slot_attention.py).
 
-    An entry is a pair: of the first places, and of the rest, None where rows are short or a kernel reads them.
+    An entry is a pair: of the first places, [(layers,) S, K, n, ...], n blocks of B places; and of the rest,
+    [(layers,) S, n, K, ...], None where rows are short or a kernel reads them.
     """
 
-    k: tuple[Any, ...]  # each twice [(layers,) S, K, n, C, B], n blocks of B places; for a kernel as values
-    v: tuple[Any, ...]  # each twice [(layers,) S, K, n, B, C]
+    k: tuple[Any, ...]  # each twice [..., C, B]; for a kernel as values
+    v: tuple[Any, ...]  # each twice [..., B, C]
 
 
 def prepare(params: Params, *, c: Context) -> Params:
@@ -169,6 +172,11 @@ def _implementation(c: Context) -> str:
     return slot_kernels.choose(n.sampling_attention, dtype=n.matmul_dtype, size=size, **where)
 
 
+def _keys_axis(c: Context) -> int:
+    """On which axis own keys have their places."""
+    return -1 if _implementation(c) == "xla" else -2
+
+
 def _inputs(weights: Params, x: jax.Array, rotation: Any, c: Context) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     if c.architecture.latent.kv_rank:
         return *block.latent_qk(weights, x, rotation, c), None
@@ -186,14 +194,15 @@ def empty(prompts: Prompts, *, slots: int, tokens: int, c: Context) -> Own:
     if by_kernel:
         parts = [(-(-tokens // slot_kernels.BLOCK), slot_kernels.BLOCK)]
 
-    def room(x: jax.Array, axis: int, *, blocks: int, size: int) -> jax.Array:
+    def room(x: jax.Array, axis: int, *, blocks: int, size: int, far: bool) -> jax.Array:
         *lead, _, kv_heads, _, _ = x.shape
+        inner = (blocks, kv_heads) if far else (kv_heads, blocks)
         last = (x.shape[-2], size) if axis == -1 else (size, x.shape[-1])
-        nothing = jnp.zeros((*lead, slots, kv_heads, blocks, *last), x.dtype)
-        return c.constrain(nothing, own_axes(nothing))
+        nothing = jnp.zeros((*lead, slots, *inner, *last), x.dtype)
+        return c.constrain(nothing, _axes(nothing, far=far))
 
     def pairs(axis: int, kept: tuple[Any, ...]) -> tuple[Any, ...]:
-        near, *far = (_map(partial(room, blocks=blocks, size=size), axis, kept) for blocks, size in parts)
+        near, *far = (_map(partial(room, blocks=n, size=size, far=i > 0), axis, kept) for i, (n, size) in enumerate(parts))
         return tuple(None if x is None else (x, y) for x, y in zip(near, far[0] if far else [None] * len(near), strict=True))
 
     keys = pairs(-2, tuple(swapped(k) for k in prompts.k)) if by_kernel else pairs(-1, prompts.k)
@@ -205,9 +214,22 @@ def _map(function: Any, axis: int, *kept: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(None if of[0] is None else per_array(function, axis, *of) for of in zip(*kept, strict=True))
 
 
-def own_axes(x: Any) -> sharding.Axes:
+def _axes(x: Any, *, far: bool) -> sharding.Axes:
     """The logical axes of an array of `Own`."""
-    return (*(None for _ in x.shape[:-5]), "problems", "kv_heads" if x.shape[-4] > 1 else None, None, None, None)
+    heads = "kv_heads" if x.shape[-3 if far else -4] > 1 else None
+    return (*(None for _ in x.shape[:-5]), "problems", *((None, heads) if far else (heads, None)), None, None)
+
+
+def own_shardings(own: Own, mesh: Mesh) -> Own:
+    """Where `own` lies, whose arrays may be shapes."""
+
+    def of(part: Any, *, far: bool) -> Any:
+        return jax.tree.map(lambda x: sharding.named(mesh, _axes(x, far=far)), part)
+
+    def pairs(kept: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(None if pair is None else (of(pair[0], far=False), of(pair[1], far=True)) for pair in kept)
+
+    return Own(pairs(own.k), pairs(own.v))
 
 
 def insert(prompts: Prompts, some: Prompts, row: Int[Array, " R"]) -> Prompts:
@@ -254,7 +276,7 @@ def decode(
     axes = ("problems", None, None)
     whose = root % (prompts.length.shape[0] // sharding.problem_shards(c.mesh)) if width else None  # a device's own, from 0
     rows = _rows(whose, live, width=width, c=c) if whose is not None and _places(prompts) > FEW else None
-    seats = Seats(length, live, whose, rows)
+    seats = Seats(length, live, whose, rows, *_places_of(own, length, newest=token.shape[1], c=c))
 
     def layer(
         x: jax.Array, k: Any, v: Any, prompt_k: Any, prompt_v: Any, windowed: Any, weights: Params, *number: Any
@@ -288,10 +310,26 @@ SLOTS = sharding.partition(("problems",))
 
 def _rows(root: jax.Array, live: jax.Array, *, width: int, c: Context) -> Rows:
     """The rows of each device's own slots."""
-    own = partial(slot_attention.rows_of, width=width)
+    return _on_each(partial(slot_attention.rows_of, width=width), root, live, c=c)
+
+
+def _places_of(own: Own, length: jax.Array, *, newest: int, c: Context) -> tuple[Places, Places | None]:
+    """Where each device's own slots write their newest tokens: among the first places, and in far blocks."""
+    near, far = own.k[0]
+    blocks, size = near.shape[-3], near.shape[_keys_axis(c)]
+
+    def found(length: jax.Array) -> tuple[Places, Places | None]:
+        of_near = places(length, newest=newest, blocks=blocks, size=size)
+        return of_near, None if far is None else places(length - NEAR, newest=newest, blocks=far.shape[-4], size=BLOCK)
+
+    return _on_each(found, length, c=c)
+
+
+def _on_each(function: Any, *of_slots: jax.Array, c: Context) -> Any:
+    """`function(...)` of each device's own slots."""
     if c.mesh.size == 1:
-        return own(root, live)
-    return jax.shard_map(own, mesh=c.mesh, in_specs=(SLOTS, SLOTS), out_specs=SLOTS)(root, live)
+        return function(*of_slots)
+    return jax.shard_map(function, mesh=c.mesh, in_specs=tuple(SLOTS for _ in of_slots), out_specs=SLOTS)(*of_slots)
 
 
 def _attend(
@@ -314,13 +352,14 @@ def _attend(
         q: Any, new_k: Any, new_v: Any, own: Any, prompts: Any, first: Any, seats: Seats, number: Any, window: Any
     ) -> tuple[jax.Array, Any, Any]:
         (near_k, far_k), (near_v, far_v) = own[0], own[1] or (None, None)
-        far = None if far_k is None else Written(far_k, far_v, number)
-        kept = Written(near_k, near_v, number, far, -1 if implementation == "xla" else -2).write(new_k, new_v, seats.length)
+        near, far = Written(near_k, near_v, number, _keys_axis(c)).write(new_k, new_v, seats.near), None
+        if seats.far is not None:
+            far = Written(far_k, far_v, number, apart=True).write(new_k, new_v, seats.far)
         told = law if window is None else law._replace(window=window)
         read = Read(prompts[0], prompts[1], number)
-        out = slot_attention.attend(q, kept, read, first, seats, law=told, implementation=implementation)
-        k, v = (kept.k, kept.far and kept.far.k), (kept.v, kept.far and kept.far.v)
-        return out, k, None if kept.v is None else v
+        out = slot_attention.attend(q, near, far, read, first, seats, law=told, implementation=implementation)
+        k, v = (near.k, far and far.k), (near.v, far and far.v)
+        return out, k, None if near.v is None else v
 
     window = None if isinstance(law.window, int) else law.window
     given = (q, new_k, new_v, own, prompts, first, seats, number, window)
@@ -329,10 +368,11 @@ def _attend(
     kv_heads = "kv_heads" if new_k.shape[2] > 1 else None
     new = sharding.partition(("problems", None, kv_heads, None))
     lead = () if number is None else (None,)
-    kept = sharding.partition((*lead, "problems", kv_heads))
+    prompt = near = sharding.partition((*lead, "problems", kv_heads))
+    kept = tuple(None if pair is None else (near, sharding.partition((*lead, "problems", None, kv_heads))) for pair in own)
     heads = sharding.partition(("problems", None, "heads", None))
     whole = sharding.partition(())
-    specs = (heads, new, new, kept, kept, SLOTS, SLOTS, whole, whole)
+    specs = (heads, new, new, kept, prompt, SLOTS, SLOTS, whole, whole)
     # Pallas does not say over which axes its results vary
     split = partial(jax.shard_map, check_vma=implementation == "xla")
-    return split(run, mesh=c.mesh, in_specs=specs, out_specs=(heads, kept, kept))(*given)
+    return split(run, mesh=c.mesh, in_specs=specs, out_specs=(heads, *kept))(*given)

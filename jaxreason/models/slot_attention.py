@@ -2,16 +2,14 @@
 
 A prompt's keys and values are held once and read by all of its slots. Own ones lie in a row per slot, of which each has filled
 as much as it has tokens. Both are read in one of two forms, which merge as softmaxes over parts do (arXiv:2205.14135, section 3.1):
-`whole` reads rows from end to end, which is best when they are short or all full; `blocks` lists the blocks of rows that
-hold anything for a live slot, and goes through that list some at a time, so that its work is the sum of the lengths, not
-slots x the longest. A long row is both: its first places, which most slots have filled, and blocks for the rest. On TPUs,
+`whole` reads rows from end to end, which is best when they are short or all full; `blocks` and `far` list the blocks
+of rows that hold anything for a live slot, and go through that list some at a time, so that their work is the sum of the lengths,
+not slots x the longest. A long own row is both: its first places, which most slots have filled, and far blocks. On TPUs,
 and on GPUs if it is named, blocks are a kernel's (slot_kernels.py), which reads them where they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxreason.models import slot_kernels
 from jaxreason.models.attention import Law, softcap
-from jaxreason.models.rounded import Rounded, per_array, rounded, swapped, weighted
+from jaxreason.models.kept import BLOCK, Cells, Places, Read, Written
 from jaxreason.models.rounded import scores as scores_of
+from jaxreason.models.rounded import weighted
 from jaxreason.numerics import at_least_float32
 
-Cells = jax.Array | Rounded
-
-BLOCK = 32  # keys in a block; rows that are read in blocks are multiples of it
-TOGETHER = 16  # (slot, block) pairs that are read at once: few enough that a CPU's cache holds what is gathered
+TOGETHER = 24  # (slot, block) pairs that are read at once: few enough that a CPU's cache holds what is gathered
 SHORT = 128  # own rows up to this long are read whole
 NEAR = 64  # of longer ones, so many places
 FEW = 64  # prompts up to this long are read for each of their slots: cheaper than finding out who shares them
-IN_TURN = 8  # up to so many new tokens of a slot are written one after the other, on CPUs
 
 
 class Rows(NamedTuple):
@@ -49,116 +44,8 @@ class Seats(NamedTuple):
     live: Bool[Array, " S"]  # others are not read for, where that saves work
     root: Int[Array, " S"] | None  # each one's prompt; None: slots are [P, G] in order
     rows: Rows | None  # with a root: who reads a long prompt together
-
-
-class Read(NamedTuple):
-    """Keys and values of prompts: [P, K, C, Tp] and [P, K, Tp, C]; or of all layers, [L, P, ...], and one's number.
-
-    Each lies as its product reads it fastest. Without values the keys are those too.
-    """
-
-    k: Cells
-    v: Cells | None
-    number: jax.Array | None = None
-
-    def whole(self) -> tuple[Cells, Cells]:
-        """The layer's keys and values."""
-        return _both(self.k, self.v, lambda x, _: x if self.number is None else x[self.number])
-
-    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[Cells, Cells]:
-        """Keys [N, K, C, B] and values [N, K, B, C] of each of N (row, block)."""
-
-        def read(x: jax.Array, axis: int) -> jax.Array:
-            cut = x.ndim + axis
-            x = x.reshape(*x.shape[:cut], -1, BLOCK, *x.shape[cut + 1 :])
-            at = (row, slice(None), *([slice(None)] if axis == -1 else []), block)
-            return x[at] if self.number is None else x[(jnp.broadcast_to(self.number, row.shape), *at)]
-
-        return _both(self.k, self.v, read)
-
-
-class Written(NamedTuple):
-    """The same of slots' own tokens: [S, K, n, C, B] and [S, K, n, B, C], n blocks of B places.
-
-    Short rows are one block; longer ones a block of their first places, and then the `far` ones.
-    """
-
-    k: Cells
-    v: Cells | None
-    number: jax.Array | None = None
-    far: Written | None = None
-    axis: int = -1  # of the keys' places; -2 where a kernel reads them
-
-    @property
-    def places(self) -> int:
-        return self.k.shape[self.axis] * self.k.shape[-3]
-
-    def whole(self) -> tuple[Cells, Cells]:
-        """The layer's first keys and values."""
-        return _both(self.k, self.v, lambda x, _: x[:, :, 0] if self.number is None else x[self.number, :, :, 0])
-
-    def blocks(self, row: jax.Array, block: jax.Array) -> tuple[Cells, Cells]:
-        """Keys [N, K, C, B] and values [N, K, B, C] of each of N (row, block)."""
-
-        def read(x: jax.Array, _: int) -> jax.Array:
-            at = (row, slice(None), block)
-            return x[at] if self.number is None else x[(jnp.broadcast_to(self.number, row.shape), *at)]
-
-        return _both(self.k, self.v, read)
-
-    def write(self, k: Float[Array, "S M K C"], v: Float[Array, "S M K Cv"] | None, start: Int[Array, " S"]) -> Written:
-        """With the newest tokens' from each row's place `start` on; what falls beyond a row's end is dropped."""
-        slots, newest = k.shape[:2]
-        place = (start[:, None] + jnp.arange(newest, dtype=jnp.int32)[None]).reshape(-1)
-        row = jnp.arange(slots * newest, dtype=jnp.int32) // newest
-        new = (rounded(k), v if v is None else rounded(v)) if isinstance(self.k, Rounded) else (k, v)
-        k, v = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new)
-        return self._write(k, v, row, place, in_turn=newest <= IN_TURN)
-
-    def _write(self, k: Any, v: Any, row: jax.Array, place: jax.Array, *, in_turn: bool) -> Written:
-        """The same of new ones [N, K, C], each with its row and its place."""
-        inside, far = (place >= 0) & (place < self.places), None
-        if self.far is not None:
-            far = self.far._write(k, v, row, place - self.places, in_turn=in_turn)
-        first = jnp.argsort(~inside, stable=True).astype(jnp.int32)
-        count = jnp.sum(inside, dtype=jnp.int32)
-        size, every = self.k.shape[self.axis], slice(None)
-
-        def scattered(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
-            block, within = jnp.where(inside, place // size, self.k.shape[-3]), place % size
-            at: Any = (row, every, block, every, within) if is_key else (row, every, block, within)
-            at = at if self.number is None else (jnp.broadcast_to(self.number, row.shape), *at)
-            return buffer.at[at].set(new, mode="drop")
-
-        def one_by_one(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
-            def one(i: jax.Array, buffer: jax.Array) -> jax.Array:
-                i, zero, lead = first[i], jnp.int32(0), () if self.number is None else (self.number,)
-                at = (*lead, row[i], zero, place[i] // size, *((zero, place[i] % size) if is_key else (place[i] % size, zero)))
-                own = jax.lax.dynamic_index_in_dim(new, i, keepdims=False)  # [K, C]
-                own = own[:, None, :, None] if is_key else own[:, None, None, :]
-                return jax.lax.dynamic_update_slice(buffer, own.reshape(*(1 for _ in lead), 1, *own.shape), at)
-
-            return jax.lax.fori_loop(jnp.int32(0), count, one, buffer)
-
-        def into(buffer: jax.Array, new: jax.Array, *, is_key: bool) -> jax.Array:
-            new = new.astype(buffer.dtype)
-            default = partial(scattered, is_key=is_key)
-            if not in_turn:
-                return default(buffer, new)
-            # XLA's CPU backend takes three times as long for a scatter
-            return jax.lax.platform_dependent(buffer, new, cpu=partial(one_by_one, is_key=is_key), default=default)
-
-        def onto(buffer: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            return into(buffer, new, is_key=axis == -1)
-
-        values = None if v is None or self.v is None else per_array(onto, -2, self.v, v)
-        return Written(per_array(onto, self.axis, self.k, k), values, self.number, far, self.axis)
-
-
-def _both(k: Cells, v: Cells | None, read: Callable[[jax.Array, int], jax.Array]) -> tuple[Cells, Cells]:
-    """`read(x, axis)` of keys and of values, which have their places on this axis."""
-    keys = per_array(read, -1, k)
-    return keys, swapped(keys) if v is None else per_array(read, -2, v)
+    near: Places  # where the newest tokens go among the first places
+    far: Places | None = None  # and in far blocks, where there are any
 
 
 def rows_of(root: Int[Array, " S"], live: Bool[Array, " S"], *, width: int) -> Rows:
@@ -190,6 +77,7 @@ class Part(NamedTuple):
 def attend(
     q: Float[Array, "S M H C"],
     own: Written,
+    far: Written | None,
     prompts: Read,
     first: Int[Array, " P"],
     seats: Seats,
@@ -211,7 +99,7 @@ def attend(
     def of_prompt(slot_position: jax.Array, first: jax.Array, key: jax.Array) -> jax.Array:
         return (key >= first) & _in_window(slot_position + before - key, law)
 
-    def of_own(slot_position: jax.Array, start: jax.Array, key: jax.Array) -> jax.Array:
+    def of_own(slot_position: jax.Array, start: jax.Array | int, key: jax.Array) -> jax.Array:
         return (start + key <= slot_position) & _in_window(slot_position - start - key, law)
 
     if seats.root is None:
@@ -227,15 +115,14 @@ def attend(
         used = jnp.arange(slots, dtype=jnp.int32) < rows.count[0]
         listed = _Listed(rows.slot, rows.root, begin, jnp.where(used, before // BLOCK - begin, 0))
         prompt = _blocks(_nothing(q, prompts), q, prompts, position, first[rows.root], listed, of_prompt, law)
-    zero, near = jnp.zeros_like(seats.length), own.places
+    zero = jnp.zeros_like(seats.length)
     if implementation != "xla":
         part = _merge(prompt, Part(*slot_kernels.of_own(q, own, position, seats.live, law=law, by=implementation)))
     else:
         part = _merge(prompt, _whole(q, *own.whole(), position, zero, of_own, law))
-    if own.far is not None:
-        number = jnp.arange(slots, dtype=jnp.int32)
-        count = jnp.where(seats.live, jnp.maximum(seats.length + newest - near + BLOCK - 1, 0) // BLOCK, 0)
-        part = _blocks(part, q, own.far, position, zero + near, _Listed(number[:, None], number, zero, count), of_own, law)
+    if far is not None:
+        count = jnp.where(seats.live, jnp.maximum(seats.length + newest - NEAR + BLOCK - 1, 0) // BLOCK, 0)
+        part = _far(part, q, far, position, count, of_own, law)
     out = part.out / jnp.where(part.total > 0, part.total, jnp.ones_like(part.total))[..., None]
     out = jnp.moveaxis(out.reshape(slots, kv_heads, newest, heads // kv_heads, -1), 1, 2)
     return out.reshape(slots, newest, heads, -1)
@@ -296,7 +183,7 @@ class _Listed(NamedTuple):
 def _blocks(
     part: Part,
     q: jax.Array,
-    kept: Read | Written,
+    kept: Read,
     position: jax.Array,
     first: jax.Array,
     listed: _Listed,
@@ -304,45 +191,74 @@ def _blocks(
     law: Law,
 ) -> Part:
     """Adds the blocks that are listed, about `TOGETHER` reads at a time; `first` is of the listed rows."""
-    slots, kv_heads, queries, size = q.shape
-    width, newest = listed.slot.shape[1], position.shape[1]
+    slots, width = q.shape[0], listed.slot.shape[1]
     together = max(4, TOGETHER // width)
     end = jnp.cumsum(listed.count)
-    everyone = jnp.arange(slots, dtype=jnp.int32)
 
-    def some(i: jax.Array, part: Part) -> Part:
+    def some(i: jax.Array) -> tuple[jax.Array, tuple[Cells, Cells], jax.Array]:
         item = i * together + jnp.arange(together, dtype=jnp.int32)
         which = jnp.sum(end[None] <= item[:, None], axis=1, dtype=jnp.int32)
         inside = which < end.shape[0]
         which = jnp.minimum(which, end.shape[0] - 1)
-        block = item - (end - listed.count)[which] + listed.begin[which]
         slot = jnp.where(inside[:, None], listed.slot[which], slots)  # [N, W]
-        # a slot has at most one place in a row, so sums over places are sums of what was read
-        hot = slot.reshape(-1)[:, None] == everyone[None]  # [N W, S]
-        block = jnp.where(inside, block, 0)
-        keys, values = kept.blocks(listed.row[which], block)
-        near = jnp.minimum(slot, slots - 1)
-        asked = jnp.swapaxes(q[near], 1, 2).reshape(together, kv_heads, -1, size)  # [N, K, W q, C]
-        scores = softcap(scores_of("nkqc,nkcb->nkqb", asked, keys), law.softcap)
-        scores = scores.reshape(together, kv_heads, width, newest, -1, BLOCK)
+        block = jnp.where(inside, item - (end - listed.count)[which] + listed.begin[which], 0)
         key = (block * BLOCK)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
-        seen = allowed(position[near][..., None], first[which][:, None, None, None], key[:, None, None])
+        seen = allowed(position[jnp.minimum(slot, slots - 1)][..., None], first[which][:, None, None, None], key[:, None, None])
+        return slot, kept.blocks(listed.row[which], block), seen
+
+    return _add(part, q, some, (end[-1] + together - 1) // together, law)
+
+
+def _far(part: Part, q: jax.Array, kept: Written, position: jax.Array, count: jax.Array, allowed: Any, law: Law) -> Part:
+    """Adds the first `count` far blocks of every slot, some at a time: `TOGETHER`, or fewer where there are never many."""
+    slots = q.shape[0]
+    together = min(TOGETHER, max(4, slots * kept.blocks // 8))
+    end = jnp.cumsum(count)
+    begin = end - count
+
+    def some(i: jax.Array) -> tuple[jax.Array, tuple[Cells, Cells], jax.Array]:
+        item = i * together + jnp.arange(together, dtype=jnp.int32)
+        slot = jnp.sum(end[None] <= item[:, None], axis=1, dtype=jnp.int32)
+        whose = jnp.minimum(slot, slots - 1)
+        block = jnp.where(slot < slots, item - begin[whose], 0)
+        key = (block * BLOCK)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+        seen = allowed(position[whose][:, None, :, None], NEAR, key[:, None, None])
+        return slot[:, None], kept.fetch(whose, block), seen
+
+    return _add(part, q, some, (end[-1] + together - 1) // together, law)
+
+
+def _add(part: Part, q: jax.Array, some: Any, turns: jax.Array, law: Law) -> Part:
+    """Adds what `some` reads in each of so many turns: N blocks, the W slots [N, W] that read each (as many as there are slots:
+    nobody), their keys and values, and who sees which key [N, W, M, B]. A slot is nowhere twice in a block.
+    """
+    slots, kv_heads, queries, size = q.shape
+    everyone = jnp.arange(slots, dtype=jnp.int32)
+
+    def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        before, sums = carry
+        slot, (keys, values), seen = some(i)
+        (blocks, width), newest = slot.shape, seen.shape[2]
+        near = jnp.minimum(slot, slots - 1)
+        # who reads what as rows of zeros and a one: sums over reads are products, and cheaper than scatters, on CPUs most of all
+        hot = everyone[:, None] == slot.reshape(-1)[None]  # [S, N W]
+        asked = jnp.swapaxes(q[near], 1, 2).reshape(blocks, kv_heads, -1, size)  # [N, K, W q, C]
+        scores = softcap(scores_of("nkqc,nkcb->nkqb", asked, keys), law.softcap)
+        scores = scores.reshape(blocks, kv_heads, width, newest, -1, BLOCK)
         seen = seen & (slot < slots)[:, :, None, None]  # nobody's scores are against another's top, and may be infinite
         scores = jnp.where(seen[:, None, :, :, None], scores, jnp.full_like(scores, _lowest(scores.dtype)))
-        scores = scores.reshape(together, kv_heads, width, queries, BLOCK)
+        scores = scores.reshape(blocks, kv_heads, width, queries, BLOCK)
         read = jnp.swapaxes(jnp.max(scores, axis=-1), 1, 2).reshape(-1, kv_heads, queries)  # [N W, K, q]
-        lowest = jnp.full_like(read, _lowest(read.dtype))[:, None]
-        top = jnp.maximum(part.top, jnp.max(jnp.where(hot[:, :, None, None], read[:, None], lowest), axis=0))
+        lowest = jnp.full_like(read, _lowest(read.dtype))[None]
+        top = jnp.maximum(before, jnp.max(jnp.where(hot[:, :, None, None], read[None], lowest), axis=1))
         e = jnp.exp(scores - jnp.swapaxes(top[near], 1, 2)[..., None])
         out = weighted("nkqb,nkbc->nkqc", e.reshape(*asked.shape[:3], BLOCK), values, dtype=q.dtype)
-        out = jnp.swapaxes(out.reshape(together, kv_heads, width, queries, -1), 1, 2).reshape(*read.shape, -1)
-        total = jnp.swapaxes(jnp.sum(e, axis=-1), 1, 2).reshape(read.shape)
-        shrunk, to = jnp.exp(part.top - top), hot.astype(total.dtype)
-        add = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        return Part(
-            top,
-            part.total * shrunk + add("is,ikq->skq", to, total),
-            part.out * shrunk[..., None] + add("is,ikqc->skqc", to, out),
-        )
+        out = out.reshape(blocks, kv_heads, width, queries, -1)
+        new = jnp.concatenate([out, jnp.sum(e, axis=-1, keepdims=True)], axis=-1)
+        new = jnp.swapaxes(new, 1, 2).reshape(blocks * width, kv_heads, queries, -1)
+        new = jnp.einsum("sn,nkqc->skqc", hot.astype(new.dtype), new, precision=jax.lax.Precision.HIGHEST)
+        return top, sums * jnp.exp(before - top)[..., None] + new
 
-    return jax.lax.fori_loop(jnp.int32(0), (end[-1] + together - 1) // together, some, part)
+    sums = jnp.concatenate([part.out, part.total[..., None]], axis=-1)
+    top, sums = jax.lax.fori_loop(jnp.int32(0), turns, turn, (part.top, sums))
+    return Part(top, sums[..., -1], sums[..., :-1])

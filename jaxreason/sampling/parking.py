@@ -71,9 +71,12 @@ def layout(
         axes = ("problems", *(None for _ in x.shape[1:]))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, axes))
 
-    def places(x: Any) -> Any:
-        axes = cache.own_axes(x) if isinstance(slots.own, cache.Own) else ("problems", *(None for _ in x.shape[1:]))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, axes))
+    def places(own: Any) -> Any:
+        if not isinstance(own, cache.Own):
+            return jax.tree.map(rows, own)
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), own, cache.own_shardings(own, mesh)
+        )
 
     return Parked(
         record=jax.tree.map(rows, slots.record),
@@ -81,7 +84,7 @@ def layout(
         began=rows(jax.ShapeDtypeStruct((problems,), jnp.int32)),
         search=rows(slots.search),
         grammar=rows(slots.grammar),
-        own=jax.tree.map(places, slots.own) if kept else None,
+        own=places(slots.own) if kept else None,
         hidden=rows(slots.hidden) if kept else None,
     )
 

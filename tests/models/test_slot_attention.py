@@ -24,8 +24,9 @@ from jaxreason.models import config as model_configs
 from jaxreason.models import decoder, slot_attention, slot_kernels, spec
 from jaxreason.models.attention import Law
 from jaxreason.models.config import Architecture, Latent, Numerics
+from jaxreason.models.kept import BLOCK, Read, Written, places
 from jaxreason.models.rounded import Rounded, rounded
-from jaxreason.models.slot_attention import Read, Seats, Written
+from jaxreason.models.slot_attention import Seats
 from jaxreason.pipelines import experiment as experiments
 
 from .test_cache import QUICK, architecture, mesh_of
@@ -118,7 +119,7 @@ def expected(name: str) -> np.ndarray:
     return out
 
 
-def arrays(case: Case, k: np.ndarray, v: np.ndarray, block: int, axis: int) -> tuple[Any, Any]:
+def arrays(case: Case, k: np.ndarray, v: np.ndarray, block: int, axis: int, far: bool = False) -> tuple[Any, Any]:
     """As decoding keeps them: keys with their places on this axis, in blocks where these are given; rounded again, exactly."""
 
     def one(x: np.ndarray, axis: int, lie: Any) -> jax.Array:
@@ -126,7 +127,7 @@ def arrays(case: Case, k: np.ndarray, v: np.ndarray, block: int, axis: int) -> t
         if block:
             cut = x.ndim + axis
             x = x.reshape(*x.shape[:cut], -1, block, *x.shape[cut + 1 :])
-            x = np.moveaxis(x, cut, 2)
+            x = np.moveaxis(x, cut, 1 if far else 2)
         if case.layered:  # what is not to be read is not a number
             other = np.full_like(x, np.nan) if x.dtype == np.float32 else np.full_like(x, 99)
             x = np.stack([other, x, other])
@@ -155,18 +156,23 @@ def attended(name: str, implementation: str) -> np.ndarray:
     elif case.tokens <= slot_attention.SHORT:
         cuts = [(0, case.tokens, case.tokens)]
     else:
-        cuts = [(0, slot_attention.NEAR, slot_attention.NEAR), (slot_attention.NEAR, case.tokens, slot_attention.BLOCK)]
-    parts = [arrays(case, old[0][:, :, a:b], old[1][:, :, a:b], block, axis) for a, b, block in cuts]
+        cuts = [(0, slot_attention.NEAR, slot_attention.NEAR), (slot_attention.NEAR, case.tokens, BLOCK)]
+    parts = [arrays(case, old[0][:, :, a:b], old[1][:, :, a:b], block, axis, a > 0) for a, b, block in cuts]
 
     @jax.jit
     def run(q: Any, new: Any, parts: Any, prompts: Any, lengths: Any, window: Any) -> jax.Array:
         rows = slot_attention.rows_of(jnp.asarray(root), live, width=2) if case.shared else None
-        seats = Seats(lengths, live, jnp.asarray(root) if case.shared else None, rows)
-        law = Law(0.3, case.softcap, window if case.layered and case.window else case.window)  # layers of both kinds are scanned
-        far = Written(parts[1][0], parts[1][1], number) if parts[1:] else None
-        kept = Written(parts[0][0], parts[0][1], number, far, axis).write(new[0], None if case.latent else new[1], lengths)
+        new = new[0], None if case.latent else new[1]
+        at: list[Any] = [None, None]
+        kept: list[Any] = [None, None]
+        for i, (k, v) in enumerate(parts):
+            one = Written(k, v, number, axis, i > 0)
+            at[i] = places(lengths - cuts[i][0], newest=case.newest, blocks=one.blocks, size=k.shape[axis])
+            kept[i] = one.write(*new, at[i])
+        seats = Seats(lengths, live, jnp.asarray(root) if case.shared else None, rows, at[0], at[1])
         read = Read(prompts[0], prompts[1], number)
-        return slot_attention.attend(q, kept, read, jnp.asarray(FIRST), seats, law=law, implementation=implementation)
+        law = Law(0.3, case.softcap, window if case.layered and case.window else case.window)  # layers of both kinds are scanned
+        return slot_attention.attend(q, kept[0], kept[1], read, jnp.asarray(FIRST), seats, law=law, implementation=implementation)
 
     fed = new, parts, arrays(case, prompts[0], prompts[1], 0, -1), jnp.asarray(lengths), jnp.int32(case.window)
     return np.asarray(run(jnp.asarray(q, case.dtype), *fed), np.float32)
