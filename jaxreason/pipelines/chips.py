@@ -123,7 +123,7 @@ def make_mesh(config: MeshConfig, slice: Slice) -> Mesh:
     """The mesh that training makes on such a slice; a ValueError names the nearest meshes that it has."""
     try:
         return sharding.make_mesh(config, devices=devices(slice))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # the latter is jax's word for a mesh that a torus cannot be cut into
         if isinstance(error, ValueError) and "libtpu" in str(error):
             raise
         sizes = [getattr(config, name) for name in sharding.MESH_AXES]

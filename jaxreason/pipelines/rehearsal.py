@@ -345,7 +345,7 @@ def changes_of(e: Experiment) -> list[Change]:
             continue
         try:
             after = memory_of(_again(e, config))
-        except (ValueError, NotImplementedError):  # it does not go with the rest
+        except (ValueError, NotImplementedError):  # it does not go with the rest, or (jax's word) not with the torus
             continue
         saved = {name: before[name] - after[name] for name in before if before[name] > after[name]}
         if sum(before.values()) > sum(after.values()):
