@@ -254,6 +254,46 @@ def select(own: Own, index: Int[Array, " S"]) -> Own:
     return jax.tree.map(lambda x: jnp.take(x, index, axis=x.ndim - 5, mode="clip"), own)
 
 
+def at_hand(
+    prompts: Prompts, copies: Prompts | None, root: Int[Array, " S"], which: Bool[Array, " S"], *, c: Context
+) -> Prompts | None:
+    """A row for each slot with a copy of its prompt, so that a loop need not gather them at every step; None where they are long.
+
+    Those of slots `which` are made anew; without earlier `copies` all are. A slot is on the device of its prompt.
+    """
+    if _places(prompts) > FEW:
+        return None
+
+    def run(prompts: Prompts, copies: Prompts | None, root: jax.Array, which: jax.Array) -> Prompts:
+        whose = root % prompts.length.shape[0]  # a device's own, from 0
+
+        def axis(x: jax.Array) -> int:
+            return max(x.ndim - 4, 0)
+
+        if copies is None:
+            return jax.tree.map(lambda x: jnp.take(x, whose, axis=axis(x), mode="clip"), prompts)
+        first = jnp.argsort(~which, stable=True).astype(jnp.int32)
+
+        def one(i: jax.Array, copies: Prompts) -> Prompts:
+            def put(old: jax.Array, x: jax.Array) -> jax.Array:
+                row = jax.lax.dynamic_index_in_dim(x, whose[first[i]], axis(x))
+                return jax.lax.dynamic_update_slice_in_dim(old, row, first[i], axis(x))
+
+            return jax.tree.map(put, copies, prompts)
+
+        return jax.lax.fori_loop(jnp.int32(0), jnp.sum(which, dtype=jnp.int32), one, copies)
+
+    if c.mesh.size == 1:
+        return run(prompts, copies, root, which)
+
+    def where(x: jax.Array) -> Any:
+        lead = (None for _ in x.shape[:-4])
+        return SLOTS if x.ndim == 1 else sharding.partition((*lead, "problems", "kv_heads" if x.shape[-3] > 1 else None))
+
+    specs = jax.tree.map(where, (prompts, copies))
+    return jax.shard_map(run, mesh=c.mesh, in_specs=(*specs, SLOTS, SLOTS), out_specs=specs[0])(prompts, copies, root, which)
+
+
 def decode(
     params: Params,
     token: Int[Array, "S M"],

@@ -89,6 +89,8 @@ class Model(NamedTuple):
     # What its law is told has the completion's shape
     logprobs: Logprobs | None = None
     balance_weight: float = 0.0  # of the load-balance loss, beside the policy's
+    # prompts, copies or None, root [S], which [S] -> prompts with a row for each slot, those of `which` made anew; or None
+    at_hand: Callable[[Any, Any, jax.Array, jax.Array], Any] = lambda *_: None
     lanes: int = 1  # devices that problems are split over, where each decodes the slots of its own prompts
 
     def completion_hidden(self, params: Params, prompt: jax.Array, prompt_mask: jax.Array, completion: jax.Array) -> jax.Array:
@@ -112,6 +114,7 @@ def make_decoder(architecture: Architecture, numerics: Numerics, mesh: Mesh, *, 
         project=partial(block.project if head.kind == "lm" else block.scores, c=c),
         numerics=numerics,
         logprobs=partial(_logprobs, c=c) if head.kind == "lm" else None,
+        at_hand=partial(cache.at_hand, c=c),
         lanes=sharding.problem_shards(mesh),
     )
 

@@ -96,8 +96,11 @@ def rotate(x: Float[Array, "*b H C"], rotation: Rotation, *, interleaved: bool =
     Interleaved pairs are written back half-split: scores between queries and keys rotated alike stay the same.
     """
     cos, sin = (r[..., None, :].astype(x.dtype) for r in rotation)
-    size = 2 * cos.shape[-1]
-    part, rest = x[..., :size], x[..., size:]
-    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else jnp.split(part, 2, axis=-1)
-    out = [a * cos - b * sin, b * cos + a * sin]
-    return jnp.concatenate([*out, rest] if rest.shape[-1] else out, axis=-1)
+    half = cos.shape[-1]
+    part, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        part = jnp.concatenate([part[..., 0::2], part[..., 1::2]], axis=-1)
+    # a sum of two products of whole heads, not two halves put together: XLA's CPU backend writes those a number at a time
+    other = jnp.flip(part.reshape(*part.shape[:-1], 2, half), axis=-2).reshape(part.shape)
+    out = part * jnp.concatenate([cos, cos], axis=-1) + other * jnp.concatenate([-sin, sin], axis=-1)
+    return jnp.concatenate([out, rest], axis=-1) if rest.shape[-1] else out

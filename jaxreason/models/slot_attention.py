@@ -235,8 +235,7 @@ def _add(part: Part, q: jax.Array, some: Any, turns: jax.Array, law: Law) -> Par
     slots, kv_heads, queries, size = q.shape
     everyone = jnp.arange(slots, dtype=jnp.int32)
 
-    def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        before, sums = carry
+    def turn(i: jax.Array, before: Part) -> Part:
         slot, (keys, values), seen = some(i)
         (blocks, width), newest = slot.shape, seen.shape[2]
         near = jnp.minimum(slot, slots - 1)
@@ -250,15 +249,16 @@ def _add(part: Part, q: jax.Array, some: Any, turns: jax.Array, law: Law) -> Par
         scores = scores.reshape(blocks, kv_heads, width, queries, BLOCK)
         read = jnp.swapaxes(jnp.max(scores, axis=-1), 1, 2).reshape(-1, kv_heads, queries)  # [N W, K, q]
         lowest = jnp.full_like(read, _lowest(read.dtype))[None]
-        top = jnp.maximum(before, jnp.max(jnp.where(hot[:, :, None, None], read[None], lowest), axis=1))
+        top = jnp.maximum(before.top, jnp.max(jnp.where(hot[:, :, None, None], read[None], lowest), axis=1))
         e = jnp.exp(scores - jnp.swapaxes(top[near], 1, 2)[..., None])
         out = weighted("nkqb,nkbc->nkqc", e.reshape(*asked.shape[:3], BLOCK), values, dtype=q.dtype)
-        out = out.reshape(blocks, kv_heads, width, queries, -1)
-        new = jnp.concatenate([out, jnp.sum(e, axis=-1, keepdims=True)], axis=-1)
-        new = jnp.swapaxes(new, 1, 2).reshape(blocks * width, kv_heads, queries, -1)
-        new = jnp.einsum("sn,nkqc->skqc", hot.astype(new.dtype), new, precision=jax.lax.Precision.HIGHEST)
-        return top, sums * jnp.exp(before - top)[..., None] + new
 
-    sums = jnp.concatenate([part.out, part.total[..., None]], axis=-1)
-    top, sums = jax.lax.fori_loop(jnp.int32(0), turns, turn, (part.top, sums))
-    return Part(top, sums[..., -1], sums[..., :-1])
+        def of_slots(x: jax.Array) -> jax.Array:  # [N, K, W, q, ...] -> [S, K, q, ...]
+            x = jnp.swapaxes(x, 1, 2).reshape(blocks * width, kv_heads, queries, *x.shape[4:])
+            return jnp.tensordot(hot.astype(x.dtype), x, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+        scale, out = jnp.exp(before.top - top), out.reshape(blocks, kv_heads, width, queries, -1)
+        total = before.total * scale + of_slots(jnp.sum(e, axis=-1))
+        return Part(top, total, before.out * scale[..., None] + of_slots(out))
+
+    return jax.lax.fori_loop(jnp.int32(0), turns, turn, part)

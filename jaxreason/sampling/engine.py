@@ -188,6 +188,7 @@ def extend(
     Slots at a step's end, at a former limit, and parked ones go on. `width`: see `Model.decode`; 0 where slots are [P, G] in order.
     """
     status, limit = slots.record.status, jnp.minimum(limit, slots.record.tokens.shape[1])
+    copies = model.at_hand(roots.prompts, None, slots.root, jnp.ones_like(status, bool)) if width else None
     slots = _with_status(slots, (status == STEP) | (status == PARKED) | (status == LENGTH), LIVE)
     slots = _with_status(slots, (slots.record.status == LIVE) & (slots.record.length >= limit), LENGTH)
 
@@ -198,13 +199,15 @@ def extend(
 
     def body(carry: Any) -> Any:
         count, slots = carry
-        return count + 1, step(model, params, roots, slots, rules=rules, limit=limit, width=width)
+        return count + 1, step(model, params, roots, slots, rules=rules, limit=limit, width=width, copies=copies)
 
     return jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), slots))[1]
 
 
-def step(model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules, limit: Int[Array, " S"], width: int) -> Slots:
-    """One token of every live slot, and of a draft what would come next."""
+def step(
+    model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules, limit: Int[Array, " S"], width: int, copies: Any = None
+) -> Slots:
+    """One token of every live slot, and of a draft what would come next. `copies`: see `Model.at_hand`."""
     old, live, length = slots, slots.record.status == LIVE, slots.record.length
     choose, note = partial(_choose, model, params, rules=rules), partial(_note, rules=rules, limit=limit)
     drawn = choose(old.hidden, key=old.key, position=length, grammar=old.grammar, seen=old.seen)
@@ -212,7 +215,8 @@ def step(model: Model, params: Any, roots: Roots, slots: Slots, *, rules: Rules,
     fed = jnp.where(live, drawn[0], jnp.full_like(drawn[0], rules.pad_id))[:, None]
     if rules.draft:
         fed = jnp.concatenate([fed, speculation.drafted(slots, count=rules.draft)], axis=1)
-    hidden, own = model.decode(params, fed, roots.prompts, slots.own, slots.root, length, live, width=width)
+    prompts, root = (roots.prompts, slots.root) if copies is None else (copies, jnp.arange(live.shape[0], dtype=jnp.int32))
+    hidden, own = model.decode(params, fed, prompts, slots.own, root, length, live, width=width if copies is None else 0)
     if rules.draft:
         advance = None if rules.grammar is None else partial(stops.advance, rules.grammar)
         slots, hidden = speculation.accept(slots, fed[:, 1:], hidden, live=LIVE, choose=choose, note=note, advance=advance)

@@ -52,27 +52,31 @@ def drain(
     lanes = queue.taken.shape[0]
 
     def running(carry: Any) -> jax.Array:
-        count, slots, _, queue = carry
+        count, slots, _, queue, _ = carry
         live = jnp.sum((slots.record.status == LIVE).reshape(lanes, -1), axis=1, dtype=jnp.int32)
         some = jnp.any(live > least) | (jnp.any(live > 0) & jnp.any(queue.taken < queue.count))
         return some if steps is None else some & (count < steps)
 
     def body(carry: Any) -> Any:
-        count, slots, record, queue = carry
+        count, slots, record, queue, copies = carry
         limit = jnp.minimum(jnp.take(queue.limit, slots.number, mode="clip"), slots.record.tokens.shape[1])
         before = slots.record.status == LIVE
-        slots = step(model, params, roots, slots, rules=rules, limit=limit, width=width)
+        slots = step(model, params, roots, slots, rules=rules, limit=limit, width=width, copies=copies)
         ended = before & (slots.record.status != LIVE)
 
-        def turn(slots: Slots, record: Record, queue: Queue) -> tuple[Slots, Record, Queue]:
+        def turn(slots: Slots, record: Record, queue: Queue, copies: Any) -> tuple[Slots, Record, Queue, Any]:
             record = collect(slots, record, ended)
             slots, queue = _refill(roots, slots, queue, rules=rules, group=group)
-            return slots, record, queue
+            if copies is not None:
+                copies = model.at_hand(roots.prompts, copies, slots.root, ended)
+            return slots, record, queue, copies
 
-        return count + 1, *jax.lax.cond(jnp.any(ended), turn, lambda *same: same, slots, record, queue)
+        return count + 1, *jax.lax.cond(jnp.any(ended), turn, lambda *same: same, slots, record, queue, copies)
 
     slots, queue = _refill(roots, slots, queue, rules=rules, group=group)
-    made, slots, record, queue = jax.lax.while_loop(running, body, (jnp.zeros((), jnp.int32), slots, record, queue))
+    copies = model.at_hand(roots.prompts, None, slots.root, jnp.ones_like(slots.root, bool))
+    state = (jnp.zeros((), jnp.int32), slots, record, queue, copies)
+    made, slots, record, queue, _ = jax.lax.while_loop(running, body, state)
     return slots, record, queue if queue.steps is None else replace(queue, steps=made)
 
 
