@@ -23,7 +23,7 @@ from jaxreason.models.rounded import scores as scores_of
 from jaxreason.models.rounded import weighted
 from jaxreason.numerics import at_least_float32
 
-TOGETHER = 24  # (slot, block) pairs that are read at once: few enough that a CPU's cache holds what is gathered
+TOGETHER = 8  # (slot, block) pairs that are read at once: few enough that a CPU's cache holds what is gathered
 SHORT = 128  # own rows up to this long are read whole
 NEAR = 64  # of longer ones, so many places
 FEW = 64  # prompts up to this long are read for each of their slots: cheaper than finding out who shares them
