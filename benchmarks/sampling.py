@@ -7,8 +7,8 @@ uniform: 8 prompts of 32 tokens, 8 completions of 64 each; beside transformers' 
 long_prompts: 8 prompts of 512 tokens, 8 completions of 32 each; beside the same with every prompt read 8 times.
 uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with mean 64, at most 512, in 32 slots that take the next
     completion as they end and are compacted at the end; beside 8 batches of 32 that each wait for their longest. `ideal` is the
-    number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long; `over_ideal_least` is of the
-    least seconds of all rounds, which a busy machine moves less.
+    number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long. They go in turns, in pieces
+    of 16 steps; `over_ideal_least` is of the least seconds that each piece took in any round, which a busy machine moves less.
 decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
     does of either in a large product and in reading a large array.
 speculative: completions of 128 tokens through `Engine.generate`, in 4 slots and in 32, without drafts, with 4 tokens drafted a
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ from jaxreason.sampling.rollout import sample
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP = 512, 256, 4, 4, 2, 1024
 RULES = Rules(Law(), (), 0)
+PIECE = 16  # steps that are timed together
+END = object()
 
 
 class Bench:
@@ -82,6 +84,25 @@ class Bench:
                 begun = time.process_time()
                 jax.block_until_ready(function())
                 seconds[name].append(time.process_time() - begun)
+        return seconds
+
+    def in_turns(self, **functions: Callable[[], Iterator[Any]]) -> dict[str, list[list[float]]]:
+        """CPU seconds of every piece of each in every round, compiled before: a piece of each, then the next of each."""
+        for function in functions.values():
+            for _ in function():
+                pass
+        seconds: dict[str, list[list[float]]] = {name: [] for name in functions}
+        for _ in range(self.runs):
+            under_way = {name: function() for name, function in functions.items()}
+            for name in functions:
+                seconds[name].append([])
+            while under_way:
+                for name, pieces in list(under_way.items()):
+                    begun = time.process_time()
+                    if next(pieces, END) is END:
+                        del under_way[name]
+                    else:
+                        seconds[name][-1].append(time.process_time() - begun)
         return seconds
 
     def cpu_seconds(self, function: Callable[[], Any]) -> float:
@@ -150,8 +171,8 @@ class Uneven:
         prompt, mask = self.batch.prompt[problems], self.batch.prompt_mask[problems]
         return b.run(("roots", len(prompt)), run, b.params, prompt, mask)
 
-    def refilled(self, lengths: jax.Array, tokens: int) -> Any:
-        """All completions through the slots."""
+    def refilled(self, lengths: jax.Array, tokens: int) -> Iterator[jax.Array]:
+        """All completions through the slots, a piece at a time; the tokens that are there after each."""
         b, m = self.b, self.b.model
         params, roots = self.roots(slice(None))
 
@@ -159,27 +180,31 @@ class Uneven:
             first = jnp.arange(self.slots, dtype=jnp.int32)
             slots = engine.seat(m, roots, first // self.group, keys[: self.slots], tokens=tokens, rules=RULES)
             lane = jnp.zeros(1, jnp.int32)
-            queue = Queue(keys, lengths, lane, lane + self.total)
+            queue = Queue(keys, lengths, lane, lane + self.total, jnp.zeros((), jnp.int32))
             record = engine.blank(self.total, tokens, rules=RULES, dtype=jnp.float32)
             return engine.close(slots, jnp.ones(self.slots, bool)), record, queue
 
         def grow(params: Any, roots: Any, slots: Any, record: Any, queue: Any, least: Any) -> Any:
-            fixed: Any = {"rules": RULES, "group": self.group, "least": least, "width": self.group}
+            fixed: Any = {"rules": RULES, "group": self.group, "least": least, "width": self.group, "steps": PIECE}
             return drain(m, params, roots, slots, record, queue, **fixed)
 
         state = b.run(("begin", tokens), begin, roots, self.keys, lengths)
         sizes = buckets(self.slots)
         for size, following in zip(sizes, (*sizes[1:], 0), strict=True):
             least = np.int32(following)
-            state = b.run(("grow", size, tokens), grow, params, roots, *state, least, donate=(2, 3, 4))
+            while True:
+                state = b.run(("grow", size, tokens), grow, params, roots, *state, least, donate=(2, 3, 4))
+                steps = int(state[2].steps)  # waits
+                yield state[1].tokens
+                if steps < PIECE:
+                    break
             if following:
                 moved = partial(compact, m, slots_left=following)
                 state = (b.run(("compact", following, tokens), moved, state[0]), *state[1:])
-        return state[1].tokens
 
-    def batches(self, lengths: jax.Array) -> Any:
-        """The same completions in batches that wait for their longest."""
-        b, m, made = self.b, self.b.model, []
+    def batches(self, lengths: jax.Array) -> Iterator[jax.Array]:
+        """The same completions in batches that wait for their longest; each batch's tokens."""
+        b, m = self.b, self.b.model
 
         def run(params: Any, roots: Any, keys: Any, lengths: Any) -> Any:
             number = jnp.arange(self.slots, dtype=jnp.int32)
@@ -189,31 +214,32 @@ class Uneven:
         for start in range(0, self.total, self.slots):
             params, roots = self.roots(slice(start // self.group, (start + self.slots) // self.group))
             some = slice(start, start + self.slots)
-            made.append(b.run("batch", run, params, roots, self.keys[some], lengths[some]))
-        return jnp.concatenate(made)
+            yield jax.block_until_ready(b.run("batch", run, params, roots, self.keys[some], lengths[some]))
 
 
 def uneven(b: Bench) -> dict[str, Any]:
     work = Uneven(b)
     drawn = np.minimum(b.rng.geometric(1 / 64, size=work.total), work.tokens).astype(np.int32)
     lengths, even = jnp.asarray(drawn), jnp.full(work.total, 64, jnp.int32)
-    same = bool(jnp.all(work.refilled(lengths, work.tokens) == work.batches(lengths)))
-    seconds = b.rounds(
+    *_, made = work.refilled(lengths, work.tokens)
+    same = bool(jnp.all(made == jnp.concatenate(list(work.batches(lengths)))))
+    pieces = b.in_turns(
         ours=lambda: work.refilled(lengths, work.tokens),
         waiting=lambda: work.batches(lengths),
         even=partial(work.refilled, even, 64),
         even_in_long=partial(work.refilled, even, work.tokens),
     )
+    seconds = {name: [sum(each) for each in rounds] for name, rounds in pieces.items()}
+    least = {name: sum(min(each) for each in zip(*rounds, strict=True)) for name, rounds in pieces.items()}
     tokens = int(drawn.sum())
     part = tokens / (work.total * 64)
     # one of the two for all rounds: the lesser of each round's pair would be low by this machine's noise, and `ours` is no minimum
     best = min((seconds["even"], seconds["even_in_long"]), key=statistics.median)
     ideal = [part * each for each in best]
-    least = min(*seconds["even"], *seconds["even_in_long"])
     out = {"tokens": tokens, "longest": int(drawn.max()), "same": same, "cpu_s": statistics.median(seconds["ours"])}
     out |= {"cpu_s_without_refill": statistics.median(seconds["waiting"]), "ideal_cpu_s": statistics.median(ideal)}
     out |= {"faster": ratio(seconds["waiting"], seconds["ours"]), "over_ideal": ratio(seconds["ours"], ideal)}
-    return out | {"over_ideal_least": min(seconds["ours"]) / (part * least)}
+    return out | {"over_ideal_least": least["ours"] / (part * min(least["even"], least["even_in_long"]))}
 
 
 def decode(b: Bench) -> dict[str, Any]:
