@@ -7,8 +7,8 @@ uniform: 8 prompts of 32 tokens, 8 completions of 64 each; beside transformers' 
 long_prompts: 8 prompts of 512 tokens, 8 completions of 32 each; beside the same with every prompt read 8 times.
 uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with mean 64, at most 512, in 32 slots that take the next
     completion as they end and are compacted at the end; beside 8 batches of 32 that each wait for their longest. `ideal` is the
-    number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long. They go in turns, in pieces
-    of 16 steps; `over_ideal_least` is of the least seconds that each piece took in any round, which a busy machine moves less.
+    number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long; `over_ideal_least` is of
+    the least seconds that each piece of 16 steps took in any round, which a busy machine moves less.
 decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
     does of either in a large product and in reading a large array.
 speculative: completions of 128 tokens through `Engine.generate`, in 4 slots and in 32, without drafts, with 4 tokens drafted a
@@ -21,6 +21,7 @@ Ratios are of CPU seconds, medians of `--runs` rounds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -55,7 +56,6 @@ from jaxreason.sampling.rollout import sample
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP = 512, 256, 4, 4, 2, 1024
 RULES = Rules(Law(), (), 0)
 PIECE = 16  # steps that are timed together
-END = object()
 
 
 class Bench:
@@ -86,23 +86,18 @@ class Bench:
                 seconds[name].append(time.process_time() - begun)
         return seconds
 
-    def in_turns(self, **functions: Callable[[], Iterator[Any]]) -> dict[str, list[list[float]]]:
-        """CPU seconds of every piece of each in every round, compiled before: a piece of each, then the next of each."""
+    def pieces(self, **functions: Callable[[], Iterator[Any]]) -> dict[str, list[list[float]]]:
+        """CPU seconds of every piece of each in every round, compiled before; one after the other in every round."""
         for function in functions.values():
             for _ in function():
                 pass
         seconds: dict[str, list[list[float]]] = {name: [] for name in functions}
         for _ in range(self.runs):
-            under_way = {name: function() for name, function in functions.items()}
-            for name in functions:
-                seconds[name].append([])
-            while under_way:
-                for name, pieces in list(under_way.items()):
-                    begun = time.process_time()
-                    if next(pieces, END) is END:
-                        del under_way[name]
-                    else:
-                        seconds[name][-1].append(time.process_time() - begun)
+            for name, function in functions.items():
+                ends = [time.process_time()]
+                for _ in function():
+                    ends.append(time.process_time())
+                seconds[name].append([b - a for a, b in itertools.pairwise(ends)])
         return seconds
 
     def cpu_seconds(self, function: Callable[[], Any]) -> float:
@@ -223,7 +218,7 @@ def uneven(b: Bench) -> dict[str, Any]:
     lengths, even = jnp.asarray(drawn), jnp.full(work.total, 64, jnp.int32)
     *_, made = work.refilled(lengths, work.tokens)
     same = bool(jnp.all(made == jnp.concatenate(list(work.batches(lengths)))))
-    pieces = b.in_turns(
+    pieces = b.pieces(
         ours=lambda: work.refilled(lengths, work.tokens),
         waiting=lambda: work.batches(lengths),
         even=partial(work.refilled, even, 64),
