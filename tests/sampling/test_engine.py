@@ -198,12 +198,10 @@ FAST = {("gemma2", 16), ("qwen3_moe", 16), ("deepseek_v3", 136)}
     ],
 )
 def test_log_probabilities_are_the_trainers_in_every_family(name: str, tokens: int) -> None:
-    """99 of 100 within 1e-5, and their root mean square within 3e-6. A few tokens are badly conditioned: there either side is up to
-    1.2e-5 from what float64 gives, which moves with the order in which a version of XLA adds; without rounding the sides are equal.
-    """
     sampled, scored = both_sides(name, tokens, Numerics())
-    gap = np.abs(sampled - scored)
-    assert np.quantile(gap, 0.99) < 1e-5 and np.sqrt(np.mean(np.square(gap))) < 3e-6 and gap.max() < 2e-5
+    # 1e-5, and a few of float32's last digits of numbers around 6
+    np.testing.assert_allclose(sampled, scored, rtol=1e-6, atol=1e-5)
+    assert np.sqrt(np.mean(np.square(sampled - scored))) < 3e-6  # what is off everywhere, and nowhere by much
 
 
 @pytest.mark.slow
