@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # eight devices; and programs that are compiled quickly instead of well, in one piece: the suite makes thousands of small ones
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
@@ -29,6 +31,18 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+checked = jaxtyping.jaxtyped
+
+
+def _jaxtyped(function: Any, *, typechecker: Any) -> Any:
+    """Functions within functions are let be: they name no shapes, pyright reads them, and each call makes them, so that writing
+    their checks anew every time took a fifth of the suite.
+    """
+    return function if "<locals>" in function.__qualname__ else checked(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = lambda *, typechecker: partial(_jaxtyped, typechecker=typechecker)
 
 # Shapes and dtypes of annotated functions are checked, an int being a float too; not on batch.py, whose fields hold specs
 # under tree maps. Here, before anything of the package is imported.

@@ -156,11 +156,21 @@ LAWS = {
 }
 
 
+def teacher_forced(made: Policy, prompts: PromptBatch, completion: np.ndarray) -> jax.Array:
+    """Scores [P G T, V] of every next token by the trainer's forward pass, compiled as it is there."""
+
+    @jax.jit
+    def run(params: Any, prompt: Any, mask: Any, completion: Any) -> jax.Array:
+        hidden = made.model.completion_hidden(params, prompt, mask, completion)
+        return made.model.project(params, hidden.reshape(-1, hidden.shape[-1]))
+
+    return run(made.params, prompts.prompt, prompts.prompt_mask, jnp.asarray(completion))
+
+
 def trained(made: Policy, prompts: PromptBatch, out: Sampled, law: Law) -> np.ndarray:
     """The tokens' log-probabilities by the trainer's forward pass, a law's memory of tokens kept in NumPy."""
     problems, group, tokens = out.completion.shape
-    hidden = made.model.completion_hidden(made.params, prompts.prompt, prompts.prompt_mask, jnp.asarray(out.completion))
-    scores = made.model.project(made.params, hidden.reshape(-1, hidden.shape[-1]))
+    scores = teacher_forced(made, prompts, out.completion)
     vocab = scores.shape[-1]
     seen = np.zeros((problems, group, tokens, vocab), bool)
     for p in range(problems):
@@ -234,8 +244,7 @@ def both_sides(name: str, tokens: int, numerics: Numerics) -> tuple[np.ndarray, 
 def test_greedy_is_the_argmax_of_teacher_forcing() -> None:
     prompts = prompts_of(5, 33)
     out = draw(policy(), prompts, group=2, tokens=24, slots=2, law=Law(greedy=True))
-    hidden = policy().model.completion_hidden(policy().params, prompts.prompt, prompts.prompt_mask, jnp.asarray(out.completion))
-    best = jnp.argmax(policy().model.project(policy().params, hidden.reshape(-1, hidden.shape[-1])), axis=-1)
+    best = jnp.argmax(teacher_forced(policy(), prompts, out.completion), axis=-1)
     np.testing.assert_array_equal(out.completion[out.mask], np.asarray(best).reshape(out.completion.shape)[out.mask])
 
 
@@ -243,8 +252,7 @@ def test_frequencies_are_the_laws() -> None:
     """First tokens of 4,096 completions of one prompt against softmax, by chi-square."""
     prompts, law = prompts_of(6), Law(temperature=1.3, top_k=8)
     out = draw(policy(), prompts, group=4096, tokens=1, law=law)
-    hidden = policy().model.completion_hidden(policy().params, prompts.prompt, prompts.prompt_mask, jnp.zeros((1, 1, 1), jnp.int32))
-    p = np.asarray(jax.nn.softmax(laws.shape(policy().model.project(policy().params, hidden[0, 0]), law)))[0]
+    p = np.asarray(jax.nn.softmax(laws.shape(teacher_forced(policy(), prompts, np.zeros((1, 1, 1), np.int32)), law)))[0]
     found = np.bincount(out.completion.reshape(-1), minlength=V)
     assert not found[p == 0].any()
     kept = p > 0
