@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,9 @@ def test_greedy_continuation_through_the_cache_equals_that_of_transformers(folde
         answer=jnp.zeros(len(expected), jnp.int32),
     )
     tokenizer = load_tokenizer(folder)
-    out = sample(
-        model,
-        load(folder),
-        prompts,
-        None,
-        group=1,
-        max_completion_tokens=expected.shape[1],
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-    )
+    ends = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
+    run = jax.jit(partial(sample, model, key=None, group=1, max_completion_tokens=expected.shape[1], **ends))
+    out = run(load(folder), prompts)
     np.testing.assert_array_equal(np.asarray(out.completion[:, 0]), expected)
 
 

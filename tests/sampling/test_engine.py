@@ -179,10 +179,13 @@ def trained(made: Policy, prompts: PromptBatch, out: Sampled, law: Law) -> np.nd
             for t in range(1, tokens):
                 seen[p, g, t:, out.completion[p, g, t - 1]] = True
     position = jnp.asarray(np.broadcast_to(np.arange(tokens, dtype=np.int32), out.completion.shape).reshape(-1))
-    logits = laws.shape(
-        scores, law, seen=jnp.asarray(seen.reshape(-1, vocab)), position=position, chosen=jnp.asarray(out.completion.reshape(-1))
-    )
-    logp = jax.nn.log_softmax(logits)[jnp.arange(len(logits)), out.completion.reshape(-1)]
+
+    @jax.jit
+    def scored(scores: jax.Array, seen: jax.Array, chosen: jax.Array) -> jax.Array:
+        law_of_each = jax.nn.log_softmax(laws.shape(scores, law, seen=seen, position=position, chosen=chosen))
+        return law_of_each[jnp.arange(len(chosen)), chosen]
+
+    logp = scored(scores, jnp.asarray(seen.reshape(-1, vocab)), jnp.asarray(out.completion.reshape(-1)))
     return np.asarray(logp).reshape(out.completion.shape)
 
 
