@@ -32,14 +32,19 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-checked = jaxtyping.jaxtyped
+checked, made = jaxtyping.jaxtyped, set()
 
 
 def _jaxtyped(function: Any, *, typechecker: Any) -> Any:
-    """Functions within functions are let be: they name no shapes, pyright reads them, and each call makes them, so that writing
-    their checks anew every time took a fifth of the suite.
+    """A function within a function is checked the first time it is made in a process: each call of the outer one makes it, and
+    writing its checks anew every time took a fifth of the suite. They name no shapes, and pyright reads them.
     """
-    return function if "<locals>" in function.__qualname__ else checked(function, typechecker=typechecker)
+    code = getattr(function, "__code__", None)
+    if code is not None and "<locals>" in function.__qualname__:
+        if code in made:
+            return function
+        made.add(code)
+    return checked(function, typechecker=typechecker)
 
 
 jaxtyping.jaxtyped = lambda *, typechecker: partial(_jaxtyped, typechecker=typechecker)
