@@ -37,7 +37,7 @@ checked, made = jaxtyping.jaxtyped, set()
 
 def _jaxtyped(function: Any, *, typechecker: Any) -> Any:
     """A function within a function is checked the first time it is made in a process: each call of the outer one makes it, and
-    writing its checks anew every time took a fifth of the suite. They name no shapes, and pyright reads them.
+    writing its checks anew every time is much of what tracing costs. They name no shapes, and pyright reads them.
     """
     code = getattr(function, "__code__", None)
     if code is not None and "<locals>" in function.__qualname__:
