@@ -8,7 +8,8 @@ long_prompts: 8 prompts of 512 tokens, 8 completions of 32 each; beside the same
 uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with mean 64, at most 512, in 32 slots that take the next
     completion as they end and are compacted at the end; beside 8 batches of 32 that each wait for their longest. `ideal` is the
     number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long; `over_ideal_least` is of
-    the least seconds that each piece of 16 steps took in any round, which a busy machine moves less.
+    the least seconds that each piece of 16 steps took in any round, which a busy machine moves less. Lengths are drawn `--draws`
+    times: ratios are of the seconds of all draws together, and `.._of_each` are those of each draw.
 decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
     does of either in a large product and in reading a large array.
 speculative: completions of 128 tokens through `Engine.generate`, in 4 slots and in 32, without drafts, with 4 tokens drafted a
@@ -212,29 +213,36 @@ class Uneven:
             yield jax.block_until_ready(b.run("batch", run, params, roots, self.keys[some], lengths[some]))
 
 
-def uneven(b: Bench) -> dict[str, Any]:
+def uneven(b: Bench, draws: int) -> dict[str, Any]:
     work = Uneven(b)
-    drawn = np.minimum(b.rng.geometric(1 / 64, size=work.total), work.tokens).astype(np.int32)
-    lengths, even = jnp.asarray(drawn), jnp.full(work.total, 64, jnp.int32)
-    *_, made = work.refilled(lengths, work.tokens)
-    same = bool(jnp.all(made == jnp.concatenate(list(work.batches(lengths)))))
+    drawn = np.minimum(b.rng.geometric(1 / 64, size=(draws, work.total)), work.tokens).astype(np.int32)
+    lengths, even = [jnp.asarray(each) for each in drawn], jnp.full(work.total, 64, jnp.int32)
+    same = True
+    for each in lengths:
+        *_, made = work.refilled(each, work.tokens)
+        same &= bool(jnp.all(made == jnp.concatenate(list(work.batches(each)))))
     pieces = b.pieces(
-        ours=lambda: work.refilled(lengths, work.tokens),
-        waiting=lambda: work.batches(lengths),
+        **{f"ours_{i}": partial(work.refilled, each, work.tokens) for i, each in enumerate(lengths)},
+        **{f"waiting_{i}": partial(work.batches, each) for i, each in enumerate(lengths)},
         even=partial(work.refilled, even, 64),
         even_in_long=partial(work.refilled, even, work.tokens),
     )
-    seconds = {name: [sum(each) for each in rounds] for name, rounds in pieces.items()}
+    seconds = {name: np.array([sum(each) for each in rounds]) for name, rounds in pieces.items()}  # [rounds]
     least = {name: sum(min(each) for each in zip(*rounds, strict=True)) for name, rounds in pieces.items()}
-    tokens = int(drawn.sum())
-    part = tokens / (work.total * 64)
     # one of the two for all rounds: the lesser of each round's pair would be low by this machine's noise, and `ours` is no minimum
-    best = min((seconds["even"], seconds["even_in_long"]), key=statistics.median)
-    ideal = [part * each for each in best]
-    out = {"tokens": tokens, "longest": int(drawn.max()), "same": same, "cpu_s": statistics.median(seconds["ours"])}
-    out |= {"cpu_s_without_refill": statistics.median(seconds["waiting"]), "ideal_cpu_s": statistics.median(ideal)}
-    out |= {"faster": ratio(seconds["waiting"], seconds["ours"]), "over_ideal": ratio(seconds["ours"], ideal)}
-    return out | {"over_ideal_least": least["ours"] / (part * min(least["even"], least["even_in_long"]))}
+    best = min((seconds["even"], seconds["even_in_long"]), key=lambda each: float(np.median(each)))
+    best_least = min(least["even"], least["even_in_long"])
+    part = drawn.sum(axis=1) / (work.total * 64)  # [draws]
+    ours, waiting = (np.stack([seconds[f"{name}_{i}"] for i in range(draws)]) for name in ("ours", "waiting"))  # [draws, rounds]
+    ideal = part[:, None] * best[None]
+    out = {"draws": draws, "tokens": drawn.sum(axis=1).tolist(), "longest": drawn.max(axis=1).tolist(), "same": same}
+    out |= {name: float(np.median(each.sum(axis=0))) for name, each in (("cpu_s", ours), ("cpu_s_without_refill", waiting))}
+    out |= {"ideal_cpu_s": float(np.median(ideal.sum(axis=0)))}
+    for name, above, below in (("faster", waiting, ours), ("over_ideal", ours, ideal)):
+        out[name] = float(np.median(above.sum(axis=0) / below.sum(axis=0)))
+        out[f"{name}_of_each"] = np.median(above / below, axis=1).round(3).tolist()
+    out["over_ideal_least"] = sum(least[f"ours_{i}"] for i in range(draws)) / (float(part.sum()) * best_least)
+    return out | {"over_ideal_least_of_each": [round(least[f"ours_{i}"] / (part[i] * best_least), 3) for i in range(draws)]}
 
 
 def decode(b: Bench) -> dict[str, Any]:
@@ -338,12 +346,13 @@ def main() -> None:
     p.add_argument("--hf-python", default="", help="a Python with torch and transformers")
     p.add_argument("--matmul", choices=("float32", "bfloat16"), default="float32", help="operands of products")
     p.add_argument("--cache", choices=("", "float32", "bfloat16", "int8"), default="", help="keys and values that are kept")
+    p.add_argument("--draws", type=int, default=5, help="how many times uneven draws its lengths")
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     workloads = {
-        "uniform": partial(uniform, hf_python=a.hf_python), "long_prompts": long_prompts, "uneven": uneven, "decode": decode,
-        "speculative": speculative,
+        "uniform": partial(uniform, hf_python=a.hf_python), "long_prompts": long_prompts,
+        "uneven": partial(uneven, draws=a.draws), "decode": decode, "speculative": speculative,
     }  # fmt: skip
     device = jax.devices()[0]
     versions = {"jaxreason": jaxreason.__version__, "jax": jax.__version__, "python": platform.python_version()}

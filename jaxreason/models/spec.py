@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxreason import sharding
+from jaxreason.compiling import compiled
 
 Index = tuple[slice, ...]
 
@@ -172,7 +173,7 @@ def init(specs: Specs, key: jax.Array, *, dtype: str, mesh: Mesh) -> Any:
         tree = jax.tree.structure(specs, is_leaf=is_spec)
         return jax.tree.unflatten(tree, list(values.values()))
 
-    return jax.jit(make, out_shardings=shardings(specs, mesh))(key)
+    return compiled(jax.jit(make, out_shardings=shardings(specs, mesh)), key)(key)
 
 
 def abstract(specs: Specs, *, dtype: str, mesh: Mesh) -> Any:

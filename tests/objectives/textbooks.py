@@ -69,16 +69,17 @@ def places(signals: Numbers) -> list[tuple[int, int]]:
 
 def completions(logp: Any, signals: Signals, frozen: Any, advantage: Advantage | None) -> list[Completion]:
     s = numbers(signals)
-    if frozen is None:
-        frozen = lax.stop_gradient(logp) if isinstance(logp, jax.Array) else logp
-    old = frozen if s.logp_old is None else s.logp_old
+    of_batch = {"ref": s.logp_ref, "behaviour": s.logp_behaviour, "teacher": s.logp_teacher}
+    of_batch["advantage"] = zeros(s) if advantage is None else advantage(s)
 
-    def row(x: Any, p: int, g: int) -> Any:
-        return None if x is None else x[p, g][np.array(chosen(s, p, g))]
+    def one(p: int, g: int) -> Completion:
+        at = (p, g, np.array(chosen(s, p, g)))
+        mine = logp[at]
+        now = (lax.stop_gradient(mine) if isinstance(mine, jax.Array) else mine) if frozen is None else frozen[at]
+        old = now if s.logp_old is None else s.logp_old[at]
+        return Completion((p, g), mine, now, old, **{name: None if x is None else x[at] for name, x in of_batch.items()})
 
-    each = {"logp": logp, "now": frozen, "old": old, "ref": s.logp_ref, "behaviour": s.logp_behaviour, "teacher": s.logp_teacher}
-    each["advantage"] = zeros(s) if advantage is None else advantage(s)
-    return [Completion((p, g), **{name: row(x, p, g) for name, x in each.items()}) for p, g in places(s)]
+    return [one(p, g) for p, g in places(s)]
 
 
 # ------------------------------------------------- advantages: Numbers -> [P, G, T], 0 on masked tokens
