@@ -9,7 +9,8 @@ uneven: 256 completions (32 prompts, 8 each) whose lengths are geometric with me
     completion as they end and are compacted at the end; beside 8 batches of 32 that each wait for their longest. `ideal` is the
     number of tokens over the most tokens a second that 32 slots reach when all completions are 64 long; `over_ideal_least` is of
     the least seconds that each piece of 16 steps took in any round, which a busy machine moves less. Lengths are drawn `--draws`
-    times: ratios are of the seconds of all draws together, and `.._of_each` are those of each draw.
+    times: ratios are of the seconds of all draws together, `.._of_each` are those of each draw, and `.._by_slots` adds up to the
+    ratio: the steps that were made in so many slots.
 decode: one step of 64 slots that are 64 tokens long: floating-point operations and bytes, beside what one thread of this machine
     does of either in a large product and in reading a large array.
 speculative: completions of 128 tokens through `Engine.generate`, in 4 slots and in 32, without drafts, with 4 tokens drafted a
@@ -156,6 +157,7 @@ class Uneven:
         self.b, self.batch = b, b.prompts(self.problems, 32)
         self.total = self.problems * self.group
         self.keys = jax.random.split(jax.random.key(1), self.total)
+        self.sizes: list[int] = []  # slots there were in each piece of what was refilled last
 
     def roots(self, problems: slice) -> Any:
         b, m = self.b, self.b.model
@@ -169,7 +171,7 @@ class Uneven:
 
     def refilled(self, lengths: jax.Array, tokens: int) -> Iterator[jax.Array]:
         """All completions through the slots, a piece at a time; the tokens that are there after each."""
-        b, m = self.b, self.b.model
+        b, m, self.sizes = self.b, self.b.model, []
         params, roots = self.roots(slice(None))
 
         def begin(roots: Any, keys: Any, lengths: Any) -> Any:
@@ -191,6 +193,7 @@ class Uneven:
             while True:
                 state = b.run(("grow", size, tokens), grow, params, roots, *state, least, donate=(2, 3, 4))
                 steps = int(state[2].steps)  # waits
+                self.sizes.append(size)
                 yield state[1].tokens
                 if steps < PIECE:
                     break
@@ -217,9 +220,10 @@ def uneven(b: Bench, draws: int) -> dict[str, Any]:
     work = Uneven(b)
     drawn = np.minimum(b.rng.geometric(1 / 64, size=(draws, work.total)), work.tokens).astype(np.int32)
     lengths, even = [jnp.asarray(each) for each in drawn], jnp.full(work.total, 64, jnp.int32)
-    same = True
+    same, sizes = True, []
     for each in lengths:
         *_, made = work.refilled(each, work.tokens)
+        sizes.append(work.sizes)
         same &= bool(jnp.all(made == jnp.concatenate(list(work.batches(each)))))
     pieces = b.pieces(
         **{f"ours_{i}": partial(work.refilled, each, work.tokens) for i, each in enumerate(lengths)},
@@ -228,7 +232,8 @@ def uneven(b: Bench, draws: int) -> dict[str, Any]:
         even_in_long=partial(work.refilled, even, work.tokens),
     )
     seconds = {name: np.array([sum(each) for each in rounds]) for name, rounds in pieces.items()}  # [rounds]
-    least = {name: sum(min(each) for each in zip(*rounds, strict=True)) for name, rounds in pieces.items()}
+    least_of = {name: [min(each) for each in zip(*rounds, strict=True)] for name, rounds in pieces.items()}
+    least = {name: sum(each) for name, each in least_of.items()}
     # one of the two for all rounds: the lesser of each round's pair would be low by this machine's noise, and `ours` is no minimum
     best = min((seconds["even"], seconds["even_in_long"]), key=lambda each: float(np.median(each)))
     best_least = min(least["even"], least["even_in_long"])
@@ -241,8 +246,14 @@ def uneven(b: Bench, draws: int) -> dict[str, Any]:
     for name, above, below in (("faster", waiting, ours), ("over_ideal", ours, ideal)):
         out[name] = float(np.median(above.sum(axis=0) / below.sum(axis=0)))
         out[f"{name}_of_each"] = np.median(above / below, axis=1).round(3).tolist()
-    out["over_ideal_least"] = sum(least[f"ours_{i}"] for i in range(draws)) / (float(part.sum()) * best_least)
-    return out | {"over_ideal_least_of_each": [round(least[f"ours_{i}"] / (part[i] * best_least), 3) for i in range(draws)]}
+    whole = float(part.sum()) * best_least
+    out["over_ideal_least"] = sum(least[f"ours_{i}"] for i in range(draws)) / whole
+    out["over_ideal_least_of_each"] = [round(least[f"ours_{i}"] / (part[i] * best_least), 3) for i in range(draws)]
+    by_size = dict.fromkeys(buckets(work.slots), 0.0)
+    for i, each in enumerate(sizes):
+        for size, took in zip(each, least_of[f"ours_{i}"], strict=True):
+            by_size[size] += took
+    return out | {"over_ideal_least_by_slots": {size: round(took / whole, 3) for size, took in by_size.items()}}
 
 
 def decode(b: Bench) -> dict[str, Any]:
