@@ -361,6 +361,8 @@ def main() -> None:
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
+    if a.draws < 1 or a.runs < 1:
+        p.error(f"--draws and --runs must be 1 at least, not {a.draws} and {a.runs}")
     workloads = {
         "uniform": partial(uniform, hf_python=a.hf_python), "long_prompts": long_prompts,
         "uneven": partial(uneven, draws=a.draws), "decode": decode, "speculative": speculative,
